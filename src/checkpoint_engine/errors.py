@@ -1,0 +1,150 @@
+"""The exception tree. Everything this package raises on purpose is a CheckpointEngineError.
+
+    CheckpointEngineError (RuntimeError)
+    ├── SettingsError                 a setting or argument that cannot be used
+    ├── CheckpointError               registering or naming a checkpoint
+    │   ├── FileFormatError           a file is not a valid safetensors file
+    │   ├── TensorError               a tensor cannot be taken (sharded, unknown dtype, sparse, ...)
+    │   ├── DuplicateTensorError      one name, two sources
+    │   ├── CheckpointExistsError     the name is taken; the checkpoint that holds it is untouched
+    │   └── CheckpointNotFoundError   the name is not registered here, or nothing is registered anywhere
+    ├── ManifestError                 what the ranks hold does not fit together
+    ├── ProtocolError                 a peer speaks another version, or something else entirely
+    ├── DeadlineError                 a wait ended without what it waited for (also a TimeoutError)
+    ├── PeerLostError                 a process at the other end is gone
+    ├── EngineError                   an inference engine did not do what it was asked
+    │   ├── EngineUnreachableError    no answer at its endpoint
+    │   └── EngineRefusedError        it answered with an error
+    ├── UpdateInProgressError         this server is already updating
+    ├── UpdateError                   raised by `update` on every rank when it failed on any
+    └── WorkerUpdateError             raised inside the engine's worker when the update it took part in failed
+
+Messages say which file, tensor, rank or stage it was. Callers of the contract catch RuntimeError.
+"""
+
+from __future__ import annotations
+
+
+class CheckpointEngineError(RuntimeError):
+    """Root of the tree."""
+
+
+class SettingsError(CheckpointEngineError, ValueError):
+    """A setting or argument that cannot be used."""
+
+
+class CheckpointError(CheckpointEngineError):
+    """Registering or naming a checkpoint failed."""
+
+
+class FileFormatError(CheckpointError):
+    """`file` is not a valid safetensors file (or `tensor` in it is not a valid tensor)."""
+
+    def __init__(self, file: str, reason: str, tensor: str | None = None) -> None:
+        self.file, self.reason, self.tensor = file, reason, tensor
+        super().__init__(f"{file}: {f'tensor {tensor!r}: ' if tensor is not None else ''}{reason}")
+
+
+class TensorError(CheckpointError):
+    """Tensor `tensor` cannot be taken."""
+
+    def __init__(self, tensor: str, reason: str) -> None:
+        self.tensor, self.reason = tensor, reason
+        super().__init__(f"tensor {tensor!r}: {reason}")
+
+
+class DuplicateTensorError(CheckpointError):
+    """Two sources hold a tensor of the same name."""
+
+    def __init__(self, tensor: str, first: str, second: str) -> None:
+        self.tensor, self.first, self.second = tensor, first, second
+        super().__init__(f"tensor {tensor!r} is in both {first} and {second}")
+
+
+class CheckpointExistsError(CheckpointError):
+    """The name is taken. The checkpoint that holds it stays as it is."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"checkpoint {name!r} is registered already; unregister it first or choose another name")
+
+
+class CheckpointNotFoundError(CheckpointError, KeyError):
+    """The name is not registered, or no rank registered anything under it."""
+
+    def __init__(self, name: str, where: str = "on this rank") -> None:
+        self.name = name
+        super().__init__(f"checkpoint {name!r} is not registered {where}")
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return str(self.args[0])
+
+
+class ManifestError(CheckpointEngineError):
+    """What the ranks hold does not fit together (a tensor with two shapes, a checkpoint too large for its ring, ...)."""
+
+
+class ProtocolError(CheckpointEngineError):
+    """The other end speaks another protocol version, sent something out of turn, or something else entirely."""
+
+
+class DeadlineError(CheckpointEngineError, TimeoutError):
+    """A wait ended without what it waited for."""
+
+    def __init__(self, waited_for: str, seconds: float) -> None:
+        self.waited_for, self.seconds = waited_for, seconds
+        super().__init__(f"gave up after {seconds:.3g} s waiting for {waited_for}")
+
+
+class PeerLostError(CheckpointEngineError, ConnectionError):
+    """The process at the other end is gone: it exited, was killed, or its host went away."""
+
+    def __init__(self, peer: str, detail: str = "its connection closed") -> None:
+        self.peer = peer
+        super().__init__(f"{peer} is gone ({detail})")
+
+
+class EngineError(CheckpointEngineError):
+    """The engine at `endpoint` did not do what it was asked."""
+
+    def __init__(self, endpoint: str, reason: str) -> None:
+        self.endpoint, self.reason = endpoint, reason
+        super().__init__(f"engine at {endpoint}: {reason}")
+
+
+class EngineUnreachableError(EngineError):
+    """No answer at the engine's endpoint."""
+
+
+class EngineRefusedError(EngineError):
+    """The engine answered with an error."""
+
+    def __init__(self, endpoint: str, status: int, body: str) -> None:
+        self.status, self.body = status, body
+        super().__init__(endpoint, f"answered {status}: {body[:500]}")
+
+
+class UpdateInProgressError(CheckpointEngineError):
+    """This server is already updating; two updates at once would mix weights."""
+
+
+class UpdateError(CheckpointEngineError):
+    """An update failed. Raised on every rank that took part, with the same cause.
+
+    rank, host and stage say where it failed first; dirty lists the ranks (as far as this one was told) whose engine
+    holds a mixture of old and new weights and needs a complete update.
+    """
+
+    def __init__(self, *, rank: int, host: str, stage: str, reason: str, dirty: bool = False) -> None:
+        self.rank, self.host, self.stage, self.reason, self.dirty = rank, host, stage, reason, dirty
+        # The opening words are part of the contract: callers' tests look for them.
+        super().__init__(f"Failed to update weights due to remote errors: rank {rank} ({host}), stage {stage}: {reason}")
+
+
+class WorkerUpdateError(CheckpointEngineError):
+    """The update this worker took part in failed, here or elsewhere."""
+
+    def __init__(self, reason: str, *, dirty: bool) -> None:
+        self.reason, self.dirty = reason, dirty
+        state = "weights are a mixture until the next complete update" if dirty else "weights are untouched"
+        super().__init__(f"Some workers failed to update weights: {reason} ({state})")

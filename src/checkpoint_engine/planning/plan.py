@@ -1,0 +1,79 @@
+"""What a plan is. Every rank computes the same one from the same manifest and sizes; nothing here is ever negotiated."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import msgspec
+
+from checkpoint_engine.manifest import hex_digest
+
+ALIGNMENT = 256
+"""Bytes. Every tensor starts at a multiple of this in the ring: enough for any dtype and for 16-byte vector loads."""
+
+
+class Item(msgspec.Struct, frozen=True, array_like=True):
+    """One whole tensor of a bucket, as the worker needs it. offset: bytes from the bucket's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Copy(msgspec.Struct, frozen=True, array_like=True):
+    """Bytes [source, source + nbytes) of the owner's region go to the bucket's bytes from `offset` on."""
+
+    region: int
+    source: int
+    offset: int
+    nbytes: int
+
+
+class Piece(msgspec.Struct, frozen=True, array_like=True):
+    """The bytes [offset, offset + nbytes) of a bucket, which `owner` lifts and shares in one go."""
+
+    owner: int
+    offset: int
+    nbytes: int
+    copies: tuple[Copy, ...]
+
+
+class Bucket(msgspec.Struct, frozen=True, array_like=True):
+    """A run of whole tensors that is loaded together.
+
+    offset  where it starts in the ring, bytes
+    after   index of the last bucket that must have been loaded everywhere before these bytes may be overwritten; -1: none
+    pieces  cover it in order, except for alignment gaps
+    """
+
+    offset: int
+    nbytes: int
+    after: int
+    items: tuple[Item, ...]
+    pieces: tuple[Piece, ...]
+
+
+class Plan(msgspec.Struct, frozen=True, dict=True):
+    """The stream of one pass.
+
+    ring_bytes   size of the ring that server and worker share
+    piece_bytes  no piece is larger: the size of a staging slot
+    order        "layers" or "owners": see planning.buckets
+    """
+
+    ring_bytes: int
+    piece_bytes: int
+    order: str
+    buckets: tuple[Bucket, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of tensors that a worker receives."""
+        return sum(i.nbytes for b in self.buckets for i in b.items)
+
+    @cached_property
+    def digest(self) -> str:
+        """32 hex digits; a worker that has seen it needs no second copy of the table."""
+        return hex_digest(msgspec.msgpack.encode(self))

@@ -1,0 +1,110 @@
+"""One frozen settings object. Defaults are here and nowhere else; `from_environment` overlays the documented variables."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from checkpoint_engine.errors import SettingsError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+def default_socket_dir() -> Path:
+    """Where servers put their sockets: one directory per user, so that its mode can keep others out."""
+    return Path(tempfile.gettempdir()) / f"checkpoint-engine-{os.getuid()}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Sizes in bytes, times in seconds.
+
+    bucket_bytes     the unit of transfer; None: chosen from device and world size
+    ring_bytes       device memory shared with the worker; None: chosen from bucket_bytes
+    mem_fraction     at most this part of the smallest free device memory is used for the ring
+    free_after_update  give ring, staging and communicator back after each update
+    socket_dir       directory of the sockets a worker connects to; workers must see the same path
+    socket_dir_mode  its mode; loosen it only where engines run as other users
+    allowed_uids     users whose workers may connect, besides the server's own
+    timeout          the whole of one update
+    connect_timeout  for a peer that ought to be there already to answer
+    join_timeout     for all ranks to reach the same collective call (gather_metas, update, barrier)
+    pass_grace       how long the leader waits, once one worker asks for a further pass, for the others to ask too
+    io_threads       threads that read and copy into host memory
+    """
+
+    bucket_bytes: int | None = None
+    ring_bytes: int | None = None
+    mem_fraction: float = 0.9
+    free_after_update: bool = False
+    socket_dir: Path = dataclasses.field(default_factory=default_socket_dir)
+    socket_dir_mode: int = 0o700
+    allowed_uids: frozenset[int] = frozenset()
+    timeout: float = 600.0
+    connect_timeout: float = 30.0
+    join_timeout: float = 300.0
+    pass_grace: float = 0.05
+    io_threads: int = dataclasses.field(default_factory=lambda: min(16, 2 * (os.cpu_count() or 4)))
+
+    def __post_init__(self) -> None:
+        for name in ("bucket_bytes", "ring_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 4 * KIB:
+                raise SettingsError(f"{name} must be at least 4096 bytes, not {value}")
+        if not 0 < self.mem_fraction <= 1:
+            raise SettingsError(f"mem_fraction must be in (0, 1], not {self.mem_fraction}")
+        for name in ("timeout", "connect_timeout", "join_timeout", "io_threads"):
+            if getattr(self, name) <= 0:
+                raise SettingsError(f"{name} must be positive, not {getattr(self, name)}")
+
+    def replace(self, **changes: object) -> Self:
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str] | None = None, **overrides: object) -> Self:
+        """Defaults, then the environment, then `overrides` that are not None.
+
+        Raises SettingsError that names the variable when its value cannot be used.
+        """
+        env = os.environ if env is None else env
+        values: dict[str, object] = {}
+        for variable, (field, parse) in VARIABLES.items():
+            if (text := env.get(variable)) is None or text == "":
+                continue
+            try:
+                values[field] = parse(text)
+            except ValueError as e:
+                raise SettingsError(f"{variable}={text!r} cannot be used: {e}") from None
+        values.update({k: v for k, v in overrides.items() if v is not None})
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def _uids(text: str) -> frozenset[int]:
+    return frozenset(int(part) for part in text.split(","))
+
+
+def _flag(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError("use 0 or 1")
+    return text == "1"
+
+
+# Variable -> (field, parser). The first two are the contract's; PS_MAX_BUCKET_SIZE_GB counts GiB as upstream does.
+VARIABLES = {
+    "PS_MAX_BUCKET_SIZE_GB": ("bucket_bytes", lambda s: int(float(s) * GIB)),
+    "PS_MEM_FRACTION": ("mem_fraction", float),
+    "CHECKPOINT_ENGINE_BUCKET_BYTES": ("bucket_bytes", int),
+    "CHECKPOINT_ENGINE_RING_BYTES": ("ring_bytes", int),
+    "CHECKPOINT_ENGINE_FREE_AFTER_UPDATE": ("free_after_update", _flag),
+    "CHECKPOINT_ENGINE_SOCKET_DIR": ("socket_dir", Path),
+    "CHECKPOINT_ENGINE_SOCKET_DIR_MODE": ("socket_dir_mode", lambda s: int(s, 8)),
+    "CHECKPOINT_ENGINE_ALLOWED_UIDS": ("allowed_uids", _uids),
+    "CHECKPOINT_ENGINE_TIMEOUT": ("timeout", float),
+    "CHECKPOINT_ENGINE_CONNECT_TIMEOUT": ("connect_timeout", float),
+    "CHECKPOINT_ENGINE_JOIN_TIMEOUT": ("join_timeout", float),
+    "CHECKPOINT_ENGINE_IO_THREADS": ("io_threads", int),
+}
