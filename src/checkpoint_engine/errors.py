@@ -7,11 +7,14 @@
     │   ├── TensorError               a tensor cannot be taken (sharded, unknown dtype, sparse, ...)
     │   ├── DuplicateTensorError      one name, two sources
     │   ├── CheckpointExistsError     the name is taken; the checkpoint that holds it is untouched
-    │   └── CheckpointNotFoundError   the name is not registered here, or nothing is registered anywhere
+    │   ├── CheckpointNotFoundError   the name is not registered here, or nothing is registered anywhere
+    │   └── CheckpointBusyError       it cannot be unregistered while an update uses it, or while it is being registered
     ├── ManifestError                 what the ranks hold does not fit together
     ├── ProtocolError                 a peer speaks another version, or something else entirely
+    ├── AgreementError            the ranks did not all come to the same call
     ├── DeadlineError                 a wait ended without what it waited for (also a TimeoutError)
     ├── PeerLostError                 a process at the other end is gone
+    ├── DeviceError                   a call to the accelerator's runtime failed
     ├── EngineError                   an inference engine did not do what it was asked
     │   ├── EngineUnreachableError    no answer at its endpoint
     │   └── EngineRefusedError        it answered with an error
@@ -80,12 +83,24 @@ class CheckpointNotFoundError(CheckpointError, KeyError):
         return str(self.args[0])
 
 
+class CheckpointBusyError(CheckpointError):
+    """The checkpoint cannot be unregistered now: an update uses it, or it is still being registered."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"checkpoint {name!r} is in use (an update is running, or it is still being registered)")
+
+
 class ManifestError(CheckpointEngineError):
     """What the ranks hold does not fit together (a tensor with two shapes, a checkpoint too large for its ring, ...)."""
 
 
 class ProtocolError(CheckpointEngineError):
     """The other end speaks another protocol version, sent something out of turn, or something else entirely."""
+
+
+class AgreementError(CheckpointEngineError):
+    """The ranks did not all come to the same call: one gave up, is doing something else, or brought an error along."""
 
 
 class DeadlineError(CheckpointEngineError, TimeoutError):
@@ -102,6 +117,14 @@ class PeerLostError(CheckpointEngineError, ConnectionError):
     def __init__(self, peer: str, detail: str = "its connection closed") -> None:
         self.peer = peer
         super().__init__(f"{peer} is gone ({detail})")
+
+
+class DeviceError(CheckpointEngineError):
+    """`call` to the accelerator's runtime failed with error number `code` (0: it was never made)."""
+
+    def __init__(self, call: str, code: int, reason: str, advice: str = "") -> None:
+        self.call, self.code, self.reason, self.advice = call, code, reason, advice
+        super().__init__(f"{call} failed: {reason}{f'; {advice}' if advice else ''}")
 
 
 class EngineError(CheckpointEngineError):

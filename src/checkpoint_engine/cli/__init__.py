@@ -1,0 +1,134 @@
+"""The command line. Commands are imported when they are used, so that none pays for what another needs.
+
+Exit codes: 0 done; 1 the update failed; 2 usage or bad input (a setting, a file, a checkpoint); 3 an engine could not be
+reached, was not ready in time, or refused; 4 another rank could not be reached or is gone; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from checkpoint_engine.errors import (
+    AgreementError,
+    CheckpointEngineError,
+    CheckpointError,
+    DeadlineError,
+    EngineError,
+    ManifestError,
+    PeerLostError,
+    ProtocolError,
+    SettingsError,
+    UpdateError,
+)
+
+EXIT_OK, EXIT_UPDATE, EXIT_INPUT, EXIT_ENGINE, EXIT_PEER, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+# First match wins.
+_EXIT_CODES: tuple[tuple[type[CheckpointEngineError], int], ...] = (
+    (SettingsError, EXIT_INPUT),
+    (CheckpointError, EXIT_INPUT),
+    (ManifestError, EXIT_INPUT),
+    (EngineError, EXIT_ENGINE),
+    (AgreementError, EXIT_PEER),
+    (DeadlineError, EXIT_PEER),
+    (PeerLostError, EXIT_PEER),
+    (ProtocolError, EXIT_PEER),
+    (CheckpointEngineError, EXIT_UPDATE),
+)
+
+# Command -> where its function is.
+COMMANDS = {
+    "demo": "checkpoint_engine.cli.demo:demo",
+    "inspect": "checkpoint_engine.cli.inspect:inspect",
+    "update": "checkpoint_engine.cli.update:update",
+    "engine": "checkpoint_engine.cli.engine:engine",
+    "probe": "checkpoint_engine.cli.probe:probe",
+}
+
+
+class LazyGroup(TyperGroup):
+    """Finds a command's function in COMMANDS and makes the command of it."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, function = COMMANDS[cmd_name].partition(":")
+        single = typer.Typer(add_completion=False)
+        single.command(cmd_name)(getattr(importlib.import_module(module), function))
+        return get_command(single)
+
+
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from checkpoint_engine import __version__
+
+        typer.echo(f"ckpt-engine {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Put new weights into inference engines that are already serving."""
+
+
+def exit_code(error: CheckpointEngineError) -> int:
+    """The exit code that stands for `error`; see the module's documentation."""
+    return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command; returns its exit code. Errors of this package print one line that names the cause."""
+    try:
+        with _terminated_as_exit():
+            app(list(argv), prog_name="checkpoint-engine")
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else EXIT_OK if e.code is None else EXIT_UPDATE
+    except CheckpointEngineError as e:
+        # All ranks raise the same UpdateError: one line is enough.
+        if not (isinstance(e, UpdateError) and os.environ.get("RANK", "0") != "0"):
+            typer.echo(f"checkpoint-engine: error{_rank()}: {_one_line(e)}", err=True)
+        return exit_code(e)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+def _rank() -> str:
+    return f" on rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _terminated_as_exit() -> Iterator[None]:
+    """SIGTERM, which torchrun sends when another rank has failed, ends the context managers that own sockets and memory."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

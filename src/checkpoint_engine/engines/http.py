@@ -1,0 +1,86 @@
+"""What clients of engines over HTTP have in common: one connection pool, deadlines, and errors that name the endpoint."""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import abstractmethod
+from typing import Any
+
+import httpx
+
+from checkpoint_engine.engines.base import Engine
+from checkpoint_engine.errors import DeadlineError, EngineRefusedError, EngineUnreachableError, SettingsError
+
+_CONNECT_SECONDS = 10.0
+_PROBE_SECONDS = 5.0
+_PROBE_INTERVAL = 0.05
+
+
+class HttpEngine(Engine):
+    """An engine at `url` (http or https), over TCP or, with `uds`, over a Unix socket."""
+
+    def __init__(self, url: str, uds: str | None = None) -> None:
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as e:
+            raise SettingsError(f"{url!r} is not a URL: {e}") from None
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise SettingsError(f"{url!r} is not an http URL")
+        self.url = url.rstrip("/")
+        self.endpoint = f"{self.url} (unix:{uds})" if uds else self.url
+        # Engines share memory with this host: whatever proxy the environment names does not lead to them.
+        self._client = httpx.Client(transport=httpx.HTTPTransport(uds=uds), trust_env=False)
+
+    def close(self) -> None:
+        self._client.close()
+
+    @abstractmethod
+    def ready(self, response: httpx.Response) -> bool:
+        """Whether this answer to `probe_path` means that the engine can take weights."""
+
+    probe_path: str
+
+    def wait_ready(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        last: httpx.Response | EngineUnreachableError | None = None
+        pause = threading.Event()
+        while (left := end - time.monotonic()) > 0:
+            try:
+                last = self._send("GET", self.probe_path, None, min(left, _PROBE_SECONDS))
+                if self.ready(last):
+                    return
+            except DeadlineError:  # it accepted the connection but is busy
+                pass
+            except EngineUnreachableError as e:
+                last = e
+            pause.wait(min(_PROBE_INTERVAL, max(0.0, end - time.monotonic())))
+        if isinstance(last, EngineUnreachableError):
+            raise EngineUnreachableError(self.endpoint, f"{last.reason} (for {seconds:.3g} s)")
+        said = f" (its last answer: {last.status_code})" if last is not None else ""
+        raise DeadlineError(f"engine at {self.endpoint} to be ready{said}", seconds)
+
+    def request(self, method: str, path: str, body: Any, seconds: float) -> httpx.Response:
+        """The answer, of status 2xx. Raises EngineUnreachableError, EngineRefusedError, DeadlineError."""
+        response = self._send(method, path, body, seconds)
+        if not response.is_success:
+            raise EngineRefusedError(self.endpoint, response.status_code, response.text)
+        return response
+
+    def json(self, response: httpx.Response) -> Any:
+        """Its body. Raises EngineRefusedError when it is not JSON."""
+        try:
+            return response.json()
+        except ValueError:
+            raise EngineRefusedError(self.endpoint, response.status_code, f"not JSON: {response.text}") from None
+
+    def _send(self, method: str, path: str, body: Any, seconds: float) -> httpx.Response:
+        timeout = httpx.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))
+        try:
+            return self._client.request(method, self.url + path, json=body, timeout=timeout)
+        except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout):
+            raise DeadlineError(f"engine at {self.endpoint} to answer {method} {path}", seconds) from None
+        except httpx.TransportError as e:
+            raise EngineUnreachableError(self.endpoint, str(e) or type(e).__name__) from e
+        except RuntimeError as e:  # httpx says so when the client was closed
+            raise EngineUnreachableError(self.endpoint, str(e)) from e

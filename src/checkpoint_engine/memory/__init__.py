@@ -1,0 +1,1 @@
+"""Host memory: regions, the safetensors reader, and the checkpoints that live in them."""

@@ -1,0 +1,63 @@
+"""How large buckets and ring are when nobody says."""
+
+from __future__ import annotations
+
+from checkpoint_engine.errors import ManifestError
+from checkpoint_engine.planning.plan import ALIGNMENT
+from checkpoint_engine.settings import KIB, MIB
+
+_SMALLEST = 4 * KIB
+
+
+def preferred_bucket(device: str, world_size: int) -> int:
+    """Bytes of a bucket where memory does not matter; the reasons are at `default_sizes`."""
+    return min(max(64, world_size), 256) * MIB if device == "cuda" else 16 * MIB
+
+
+def default_sizes(
+    device: str,
+    world_size: int,
+    free_bytes: int,
+    mem_fraction: float,
+    bucket_bytes: int | None = None,
+    ring_bytes: int | None = None,
+) -> tuple[int, int]:
+    """(bucket_bytes, ring_bytes) for `device` ("cuda", "cpu") when the least free memory of any rank is `free_bytes`.
+
+    Given sizes are taken as they are where they fit. The rest defaults to:
+
+    cuda  a ring of 3 buckets: one being shared, one being loaded, one between them. Buckets of 64 MiB (on 2 x H200 larger
+          ones gained nothing and 32 MiB lost 10 %), growing with the ranks to 256 MiB. A broadcast reaches the last rank
+          world_size hops late; a hop of 3 us at 300 GB/s costs the time of 1 MiB; so W ranks get buckets of W MiB, to
+          lose no more than half, and from 256 ranks on memory is worth more than the rest.
+    cpu   16 MiB, to stay in or near the caches, and a ring of 4, as threads wake up late.
+
+    The ring, and on cuda with several ranks 2 more buckets of staging, take at most `free_bytes * mem_fraction`: first
+    the ring shrinks to 2 buckets and 1 (it overlaps less, but moves the same pieces), then buckets shrink.
+
+    Raises ManifestError when not even the smallest buckets fit.
+    """
+    slots = 3 if device == "cuda" else 4
+    staging = 2 if device == "cuda" and world_size > 1 else 0
+    bucket = bucket_bytes or preferred_bucket(device, world_size)
+    if ring_bytes is not None:
+        bucket = min(bucket, ring_bytes if bucket_bytes else max(ring_bytes // slots, _SMALLEST))
+    bucket = _floor(bucket)
+    ring = _floor(ring_bytes or slots * bucket)
+
+    budget = int(free_bytes * mem_fraction)
+    room = budget - staging * bucket
+    if ring > room >= bucket:
+        ring = _floor(room) if ring_bytes else room // bucket * bucket
+    elif ring > room:
+        ring = bucket = _floor(budget // (staging + 1))
+    if bucket < _SMALLEST:
+        raise ManifestError(
+            f"{budget} bytes, {mem_fraction:g} of the {free_bytes} that are free on the fullest {device} device, "
+            f"are too few for a ring and its staging"
+        )
+    return bucket, ring
+
+
+def _floor(nbytes: int) -> int:
+    return nbytes - nbytes % ALIGNMENT

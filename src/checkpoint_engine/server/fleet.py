@@ -1,0 +1,108 @@
+"""This rank's place among the servers: store, links and communicator, made when first needed and kept."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from checkpoint_engine.devices.base import Closing, Device
+from checkpoint_engine.errors import DeadlineError, SettingsError
+from checkpoint_engine.settings import Settings
+from checkpoint_engine.transport.collective import Collective
+from checkpoint_engine.transport.links import LEADER, Links, local_address
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+
+class Fleet(Closing):
+    """master_addr, master_port: None means MASTER_ADDR and MASTER_PORT. The store listens on the port after it, because
+    the launcher's own store has that one. A world of one needs neither."""
+
+    def __init__(self, rank: int, world_size: int, settings: Settings, master_addr: str | None, master_port: int | None) -> None:
+        if not 0 <= rank < world_size:
+            raise SettingsError(f"rank {rank} is not in a world of {world_size}")
+        self.rank, self.world_size, self._settings = rank, world_size, settings
+        self._master_addr, self._master_port = master_addr, master_port
+        self._store: Store | None = None
+        self._links: Links | None = None
+        self._groups = 0
+
+    def _master(self) -> tuple[str, int]:
+        addr = self._master_addr or os.environ.get("MASTER_ADDR")
+        port = self._master_port if self._master_port is not None else os.environ.get("MASTER_PORT")
+        if not addr or port is None:
+            raise SettingsError(f"{self.world_size} ranks need master_addr and master_port, or MASTER_ADDR and MASTER_PORT")
+        try:
+            return addr, int(port)
+        except ValueError:
+            raise SettingsError(f"MASTER_PORT={port!r} is not a number") from None
+
+    @property
+    def store(self) -> Store:
+        """Raises DeadlineError when rank 0 does not serve it in time."""
+        if self._store is None:
+            if self.world_size == 1:
+                self._store = dist.HashStore()  # type: ignore[attr-defined]
+            else:
+                addr, port = self._master()
+                seconds = self._settings.join_timeout
+                try:
+                    self._store = dist.TCPStore(  # type: ignore[attr-defined]
+                        addr,
+                        port + 1,
+                        is_master=self.rank == LEADER,
+                        timeout=datetime.timedelta(seconds=seconds),
+                        wait_for_workers=False,
+                    )
+                except RuntimeError as e:
+                    reason = str(e).splitlines()[0]
+                    raise DeadlineError(f"the store of rank {LEADER} at {addr}:{port + 1} ({reason})", seconds) from e
+        return self._store
+
+    @property
+    def address(self) -> str:
+        """Of the interface by which the other ranks reach this one."""
+        return local_address(*self._master())
+
+    @property
+    def links(self) -> Links:
+        if self._links is None:
+            if self.world_size == 1:
+                self._links = Links(0, 1, None, "", self._settings)
+            else:
+                store = dist.PrefixStore("checkpoint-engine/links", self.store)  # type: ignore[attr-defined]
+                self._links = Links(self.rank, self.world_size, store, self.address, self._settings)
+        return self._links
+
+    def collective(self, device: Device, generation: int) -> Collective | None:
+        """Communicator number `generation`: all ranks must ask for the same one. None in a world of one."""
+        if self.world_size == 1:
+            return None
+        return Collective(
+            device.backend,
+            rank=self.rank,
+            world_size=self.world_size,
+            store=dist.PrefixStore(f"checkpoint-engine/collective/{generation}", self.store),  # type: ignore[attr-defined]
+            address=self.address,
+            seconds=self._settings.timeout,
+        )
+
+    def init_default_group(self, backend: str, timeout: datetime.timedelta) -> None:
+        """torch's default group, for callers that use it; no weights move on it."""
+        self._groups += 1
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"default-group/{self._groups}", self.store),  # type: ignore[attr-defined]
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timeout,
+        )
+
+    def close(self) -> None:
+        if self._links is not None:
+            self._links.close()
+        self._links = self._store = None

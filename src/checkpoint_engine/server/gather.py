@@ -1,0 +1,114 @@
+"""gather_metas: how all ranks come to the same manifest and the same plan, and how a second time costs next to nothing."""
+
+from __future__ import annotations
+
+import socket
+from collections import OrderedDict
+
+import msgspec
+
+from checkpoint_engine.devices.base import Device
+from checkpoint_engine.errors import AgreementError, CheckpointNotFoundError
+from checkpoint_engine.manifest import Manifest, RankManifest, RegionMeta, hex_digest
+from checkpoint_engine.planning.buckets import plan_broadcast
+from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.planning.sizes import default_sizes
+from checkpoint_engine.server.fleet import Fleet
+from checkpoint_engine.settings import Settings
+
+KEPT_PLANS = 8
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """What each rank brings first. manifest: digest of its own; last: digest of the whole manifest it gathered last."""
+
+    checkpoint: str
+    manifest: str
+    last: str
+    free_bytes: int
+    mem_fraction: float
+    bucket_bytes: int | None
+    ring_bytes: int | None
+
+
+class Gatherer:
+    """Keeps the manifests by checkpoint name, and plans by what they were made from."""
+
+    def __init__(self, fleet: Fleet, device: Device, settings: Settings) -> None:
+        self._fleet, self._device, self._settings = fleet, device, settings
+        self._manifests: dict[str, Manifest] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._current: str | None = None
+        self._last: tuple[str, tuple[RankManifest, ...]] = ("", ())
+        self._plans: OrderedDict[tuple[str, int, int], Plan] = OrderedDict()
+
+    def gather(self, name: str, regions: tuple[RegionMeta, ...]) -> None:
+        mine = RankManifest(self._fleet.rank, socket.gethostname(), self._device.uuid, regions)
+        parts = self._exchange_parts(name, mine)
+        key = hex_digest(" ".join(p.manifest for p in parts).encode())
+        if all(p.last == key for p in parts):
+            ranks = self._last[1]
+        else:
+            payloads = self._exchange(f"manifest of {name!r}", mine.encoded)
+            ranks = tuple(msgspec.msgpack.decode(p, type=RankManifest) for p in payloads)
+            self._last = (key, ranks)
+        manifest = Manifest(name, ranks)
+        if not manifest.tensor_count:
+            raise CheckpointNotFoundError(name, "on any rank")
+        self._manifests[name] = manifest
+        self._sizes[name] = default_sizes(
+            self._device.name,
+            len(parts),
+            min(p.free_bytes for p in parts),
+            min(p.mem_fraction for p in parts),
+            min((p.bucket_bytes for p in parts if p.bucket_bytes), default=None),
+            min((p.ring_bytes for p in parts if p.ring_bytes), default=None),
+        )
+        self._current = name
+
+    def _exchange_parts(self, name: str, mine: RankManifest) -> list[Part]:
+        settings = self._settings
+        part = Part(
+            name,
+            mine.digest,
+            self._last[0],
+            self._device.free_bytes(),
+            settings.mem_fraction,
+            settings.bucket_bytes,
+            settings.ring_bytes,
+        )
+        payloads = self._exchange("gather_metas", msgspec.msgpack.encode(part))
+        parts = [msgspec.msgpack.decode(p, type=Part) for p in payloads]
+        for rank, other in enumerate(parts):
+            if other.checkpoint != parts[0].checkpoint:
+                raise AgreementError(f"rank {rank} gathers {other.checkpoint!r}, rank 0 {parts[0].checkpoint!r}")
+        return parts
+
+    def _exchange(self, what: str, payload: bytes) -> tuple[bytes, ...]:
+        return self._fleet.links.exchange(what, payload, self._settings.join_timeout)
+
+    def plan(self, name: str) -> tuple[Manifest, Plan]:
+        """The same on all ranks. Raises CheckpointNotFoundError before `gather`."""
+        if name not in self._manifests:
+            raise CheckpointNotFoundError(name, "in what gather_metas agreed on: call gather_metas first")
+        manifest, (bucket_bytes, ring_bytes) = self._manifests[name], self._sizes[name]
+        key = (manifest.layout_digest, bucket_bytes, ring_bytes)
+        if key not in self._plans:
+            self._plans[key] = plan_broadcast(manifest, bucket_bytes=bucket_bytes, ring_bytes=ring_bytes)
+            while len(self._plans) > KEPT_PLANS:
+                self._plans.popitem(last=False)
+        return manifest, self._plans[key]
+
+    def current(self) -> Manifest:
+        if self._current is None:
+            raise CheckpointNotFoundError("", "in what gather_metas agreed on: nothing was gathered yet")
+        return self._manifests[self._current]
+
+    def load(self, manifest: Manifest) -> None:
+        self._manifests[manifest.checkpoint] = manifest
+        self._current = manifest.checkpoint
+
+    def forget(self, name: str) -> None:
+        self._manifests.pop(name, None)
+        if self._current == name:
+            self._current = None

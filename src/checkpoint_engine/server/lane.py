@@ -1,0 +1,92 @@
+"""What a pass runs on: the ring, the staging slots, two streams and the communicator. Kept from update to update."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from functools import partial
+
+import torch
+
+from checkpoint_engine.devices.base import Closing, Device, Event, Ring
+from checkpoint_engine.planning.plan import Bucket, Piece, Plan
+from checkpoint_engine.transport.collective import Collective
+
+log = logging.getLogger(__name__)
+
+
+class Lane(Closing):
+    """Owns device memory and streams for plans with up to `ring_bytes` of ring and `piece_bytes` of staging slot.
+
+    collective: None in a world of one. `posted` counts the broadcasts queued so far in this update: all ranks queue the
+    same ones in the same order, so after a failure they can be brought level.
+    """
+
+    def __init__(self, device: Device, rank: int, ring_bytes: int, piece_bytes: int, world_size: int) -> None:
+        self.device, self.rank = device, rank
+        self.ring_bytes, self.piece_bytes = ring_bytes, piece_bytes
+        self.collective: Collective | None = None
+        self.posted = 0
+        self.damaged = False
+        with contextlib.ExitStack() as owned:
+            self.ring: Ring = owned.enter_context(device.allocate_ring(ring_bytes))
+            slots = device.staging_slots if world_size > 1 else 0
+            self.staging = [owned.enter_context(device.allocate(piece_bytes)).tensor for _ in range(slots)]
+            self.lifting = owned.enter_context(device.stream("lift"))
+            self.sharing = owned.enter_context(device.stream("share"))
+            self._owned = owned.pop_all()
+
+    def fits(self, plan: Plan) -> bool:
+        return not self.damaged and self.ring_bytes == plan.ring_bytes and self.piece_bytes == plan.piece_bytes
+
+    def lift(self, bucket: Bucket, piece: Piece, slot: torch.Tensor | None, regions: list[torch.Tensor]) -> tuple[Event, Event]:
+        """Queue the piece's copies from the regions into a staging slot, or (None) straight to its place in the ring."""
+        target, base = (self.ring.tensor, bucket.offset) if slot is None else (slot, -piece.offset)
+        start = self.lifting.record()
+        for c in piece.copies:
+            at = base + c.offset
+            self.lifting.copy(target[at : at + c.nbytes], regions[c.region][c.source : c.source + c.nbytes])
+        return start, self.lifting.record()
+
+    def share(self, bucket: Bucket, piece: Piece, lifted: Event | None, slot: torch.Tensor | None) -> tuple[Event, Event]:
+        """Queue the piece's broadcast, behind its lift on the rank that owns it."""
+        place = bucket.offset + piece.offset
+        view = self.ring.tensor[place : place + piece.nbytes]
+        if lifted is not None:
+            self.sharing.after(lifted)
+        start = self.sharing.record()
+        if lifted is not None and slot is not None:
+            self.sharing.copy(view, slot[: piece.nbytes])
+        self._broadcast(view, piece.owner)
+        return start, self.sharing.record()
+
+    def _broadcast(self, view: torch.Tensor, owner: int) -> None:
+        if self.collective is not None:
+            self.sharing.call(partial(self.collective.broadcast, view, owner))
+        self.posted += 1
+
+    def level(self, plan: Plan, target: int, seconds: float) -> bool:
+        """After a failure: queue broadcasts until `target` are queued, as on all other ranks, and wait for them. What they
+        carry does not matter any more. False when that did not end within `seconds`, or failed."""
+        stream = [(b, p) for b in plan.buckets for p in b.pieces]
+        try:
+            while self.posted < target:
+                bucket, piece = stream[self.posted % len(stream)]
+                place = bucket.offset + piece.offset
+                self._broadcast(self.ring.tensor[place : place + piece.nbytes], piece.owner)
+            return self.sharing.record().wait(seconds)
+        except Exception as e:  # whatever a broken communicator raises, it means one thing here
+            log.warning("rank %d: the communicator could not be brought level: %s", self.rank, e)
+            return False
+
+    def abandon(self) -> None:
+        """Give up the communicator, and with it all memory that it may still write to."""
+        self.damaged = True
+        if self.collective is not None:
+            self.collective.abandon()
+
+    def close(self) -> None:
+        if self.collective is not None:
+            self.collective.close()
+        if not self.damaged:  # else late arrivals could write into memory that is somebody else's by then
+            self._owned.close()

@@ -1,0 +1,106 @@
+"""What rank 0 decides in an update: when a pass begins, when it commits, when the update is over.
+
+Pure state: it hears messages and gives orders; time is an argument.
+"""
+
+from __future__ import annotations
+
+import math
+
+from checkpoint_engine.errors import DeadlineError, ProtocolError
+from checkpoint_engine.settings import Settings
+from checkpoint_engine.transport import messages as m
+
+
+class Leader:
+    """The first pass begins when every rank's worker is there, a further one when some worker asks for it: ranks without
+    one relay. A request that returned proves nothing; the update ends when all have returned, no pass runs and no worker
+    waits."""
+
+    def __init__(self, number: int, world_size: int, settings: Settings) -> None:
+        self._number, self._everybody, self._settings = number, frozenset(range(world_size)), settings
+        self._waiting: dict[int, int] = {}  # rank -> workers that wait there
+        self._returned: set[int] = set()
+        self._done: dict[int, dict[str, m.StageStats]] = {}
+        self._settled: set[int] = set()
+        self._pass = 0
+        self._state = "idle"  # -> "loading" -> "committing" -> "idle"
+        self._grace_ends = math.inf
+        self._connect_by = math.inf
+
+    def hear(self, sender: int, message: object) -> None:
+        """Raises ProtocolError for a message that fits no state."""
+        match message:
+            case m.Waiting():
+                self._waiting[sender] = self._waiting.get(sender, 0) + 1
+            case m.Returned():
+                self._returned.add(sender)
+            case m.PassDone(pass_=number, stats=stats) if self._state == "loading" and number == self._pass:
+                self._done[sender] = stats
+            case m.Settled(pass_=number) if self._state == "committing" and number == self._pass:
+                self._settled.add(sender)
+            case _:
+                raise ProtocolError(f"rank {sender} sent {type(message).__name__} while the leader was {self._state}")
+
+    @property
+    def wake(self) -> float:
+        """When to ask for orders again even if nothing was heard."""
+        return min(self._grace_ends, self._connect_by)
+
+    def orders(self, now: float) -> list[m.Begin | m.CommitPass | m.End]:
+        """What to tell all ranks now, given what was heard."""
+        if self._state == "loading" and self._done.keys() == self._everybody:
+            self._state = "committing"
+            self._settled.clear()
+            return [m.CommitPass(self._number, self._pass)]
+        if self._state == "committing" and self._settled == self._everybody:
+            self._state = "idle"
+        if self._state == "idle":
+            return self._idle(now)
+        return []
+
+    def _idle(self, now: float) -> list[m.Begin | m.CommitPass | m.End]:
+        asking = {rank for rank, count in self._waiting.items() if count}
+        if asking == self._everybody:
+            return [self._begin(asking)]
+        if self._pass == 0:
+            if self._returned == self._everybody and self._connect_by == math.inf:
+                self._connect_by = now + self._settings.connect_timeout
+            return []
+        if asking:
+            # Workers of one engine ask within moments of each other: one pass serves them all.
+            self._grace_ends = min(self._grace_ends, now + self._settings.pass_grace)
+            return [self._begin(asking)] if now >= self._grace_ends else []
+        if self._returned == self._everybody:
+            self._state = "ended"
+            return [m.End(self._number, tuple(self._done[r] for r in sorted(self._done)))]
+        return []
+
+    def _begin(self, ranks: set[int]) -> m.Begin:
+        for rank in ranks:
+            self._waiting[rank] -= 1
+        self._pass += 1
+        self._state, self._grace_ends, self._connect_by = "loading", math.inf, math.inf
+        self._done.clear()
+        return m.Begin(self._number, self._pass, tuple(sorted(ranks)))
+
+    def overdue(self, now: float) -> tuple[int, str, DeadlineError] | None:
+        """(rank, stage, error) when a worker ought to have come by now."""
+        if now < self._connect_by:
+            return None
+        missing = self._missing_workers()
+        error = DeadlineError(f"the workers of ranks {missing} to connect", self._settings.connect_timeout)
+        return missing[0], "attach", error
+
+    def _missing_workers(self) -> list[int]:
+        return sorted(r for r in self._everybody if not self._waiting.get(r))
+
+    def waiting_for(self) -> str:
+        """For the error of a deadline."""
+        if self._state == "loading":
+            return f"ranks {sorted(self._everybody - self._done.keys())} to load pass {self._pass}"
+        if self._state == "committing":
+            return f"ranks {sorted(self._everybody - self._settled)} to commit pass {self._pass}"
+        if self._pass == 0:
+            return f"the workers of ranks {self._missing_workers()} to connect"
+        return f"the requests of ranks {sorted(self._everybody - self._returned)} to return"

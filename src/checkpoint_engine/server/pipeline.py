@@ -1,0 +1,252 @@
+"""One pass of the stream on one rank: lift, share and load of different buckets at the same time.
+
+Three threads. The driver queues lifts and broadcasts on the device's streams as far ahead as memory allows. The deliverer
+tells the worker of each bucket whose bytes HAVE arrived. The collector hears which buckets are loaded, which frees their
+place in the ring. Within this process order is kept by streams and events; between processes only completed work is named.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from checkpoint_engine.devices.base import Event
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError
+from checkpoint_engine.planning.plan import Bucket, Piece, Plan
+from checkpoint_engine.server.lane import Lane
+from checkpoint_engine.transport.messages import Attach, Failed, Load, Loaded, Ready, Release, StageStats, Table
+from checkpoint_engine.transport.session import WorkerChannel
+
+SLICE = 0.1
+"""Seconds between two looks at whether the pass was stopped."""
+
+
+class PassError(CheckpointEngineError):
+    """The pass failed on this rank, in `stage`."""
+
+    def __init__(self, stage: str, reason: str) -> None:
+        self.stage, self.reason = stage, reason
+        super().__init__(f"stage {stage}: {reason}")
+
+
+class Stopped(CheckpointEngineError):
+    """The pass was stopped from outside."""
+
+
+class _Lifted(NamedTuple):
+    done: Event
+    slot: int | None
+
+
+class Pass:
+    """worker: the channel of this rank's worker, or None on a rank that only relays. known: digests of the plans whose
+    tables the worker has. regions: this rank's regions, uint8, in manifest order."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        lane: Lane,
+        regions: list[torch.Tensor],
+        worker: WorkerChannel | None,
+        known: tuple[str, ...],
+        seconds: float,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._plan, self._lane, self._regions, self._worker, self._known = plan, lane, regions, worker, known
+        self._progress = progress
+        self._seconds, self._deadline = seconds, time.monotonic() + seconds
+        self._arrived: queue.SimpleQueue[tuple[int, Event | None] | None] = queue.SimpleQueue()
+        self._state = threading.Condition()
+        self._loaded = 0
+        self._error: CheckpointEngineError | None = None
+        self.loads_sent = 0
+        self._load_seconds = self._hook_seconds = 0.0
+        own = [(b, p) for b in plan.buckets for p in b.pieces if p.owner == lane.rank]
+        self._own: list[tuple[Bucket, Piece]] = own
+        self._lifts: list[_Lifted] = []
+        self._shares: list[Event] = []  # of own pieces
+        self._lift_times: list[tuple[Event, Event]] = []
+        self._share_times: list[tuple[Event, Event]] = []
+
+    def run(self) -> dict[str, StageStats]:
+        """Returns when this rank's worker has loaded everything and run its post-hook.
+
+        Raises PassError naming the stage, or Stopped after `stop`.
+        """
+        threads = [threading.Thread(target=self._guard, args=("share", self._deliver), name="deliver", daemon=True)]
+        if self._worker is not None:
+            threads.append(threading.Thread(target=self._guard, args=("load", self._collect), name="collect", daemon=True))
+        for thread in threads:
+            thread.start()
+        self._guard("lift", self._drive)
+        self._arrived.put(None)
+        for thread in threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._stats()
+
+    def stop(self) -> None:
+        """End the pass soon, from any thread: nothing further is queued."""
+        self._fail(Stopped("stopped"))
+
+    def _guard(self, stage: str, part: Callable[[], None]) -> None:
+        try:
+            self._lane.device.bind_thread()
+            part()
+        except (PassError, Stopped) as e:
+            self._fail(e)
+        except Exception as e:  # any error of a stage ends the pass with the stage's name
+            self._fail(PassError(stage, str(e) if isinstance(e, CheckpointEngineError) else f"{type(e).__name__}: {e}"))
+
+    def _fail(self, error: CheckpointEngineError) -> None:
+        with self._state:
+            self._error = self._error or error
+            self._state.notify_all()
+        self._arrived.put(None)
+
+    # --- driver: lift and share ----------------------------------------------------------------------------------------
+
+    def _drive(self) -> None:
+        next_own = 0
+        for index, bucket in enumerate(self._plan.buckets):
+            self._lift_ahead()
+            self._wait_loaded(bucket.after)
+            shared: Event | None = None
+            for piece in bucket.pieces:
+                lifted: _Lifted | None = None
+                if piece.owner == self._lane.rank:
+                    self._lift_ahead()
+                    lifted = self._lifts[next_own]
+                    next_own += 1
+                slot = None if lifted is None or lifted.slot is None else self._lane.staging[lifted.slot]
+                times = self._lane.share(bucket, piece, lifted and lifted.done, slot)
+                self._share_times.append(times)
+                shared = times[1]
+                if lifted is not None:
+                    self._shares.append(shared)
+            self._arrived.put((index, shared))
+
+    def _lift_ahead(self) -> None:
+        """Queue lifts of this rank's next pieces as far as there is room, up to the staging slots or what the ring has free."""
+        staging = self._lane.staging
+        while len(self._lifts) < len(self._own):
+            number = len(self._lifts)
+            bucket, piece = self._own[number]
+            slot = None
+            if staging:
+                if number - len(staging) >= len(self._shares):
+                    return
+                slot = number % len(staging)
+                if number >= len(staging):
+                    self._lane.lifting.after(self._shares[number - len(staging)])
+            elif self._loaded <= bucket.after:
+                return
+            times = self._lane.lift(bucket, piece, None if slot is None else staging[slot], self._regions)
+            self._lift_times.append(times)
+            self._lifts.append(_Lifted(times[1], slot))
+
+    def _wait_loaded(self, bucket: int) -> None:
+        with self._state:
+            while self._loaded <= bucket and self._error is None:
+                if not self._state.wait(self._remaining()) and self._remaining() <= 0:
+                    raise PassError("load", str(DeadlineError(f"the worker to load bucket {self._loaded}", self._seconds)))
+            if self._error is not None:
+                raise Stopped("stopped")
+
+    def _remaining(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
+    # --- deliverer -----------------------------------------------------------------------------------------------------
+
+    def _deliver(self) -> None:
+        worker = self._worker
+        if worker is not None:
+            self._attach(worker)
+        for index, bucket in enumerate(self._plan.buckets):
+            if (entry := self._arrived.get()) is None:
+                raise Stopped("stopped")
+            if entry[1] is not None:
+                self._wait_event(entry[1], f"bucket {index}")
+            if worker is None:
+                self._set_loaded(index)
+            else:
+                self.loads_sent += 1
+                worker.send(Load(index), seconds=self._remaining())
+            if self._progress is not None:
+                self._progress(sum(i.nbytes for i in bucket.items))
+        if worker is not None:
+            worker.send(Release(), seconds=self._remaining())
+
+    def _attach(self, worker: WorkerChannel) -> None:
+        handle, descriptors = self._lane.ring.share()
+        tables = None
+        if self._plan.digest not in self._known:
+            tables = tuple(Table(b.offset, b.nbytes, b.items) for b in self._plan.buckets)
+        worker.send(Attach(self._lane.rank, handle, self._plan.digest, tables), descriptors, seconds=self._remaining())
+
+    def _wait_event(self, event: Event, what: str) -> None:
+        while not event.wait(SLICE):
+            if self._error is not None:
+                raise Stopped("stopped")
+            if self._remaining() <= 0:
+                raise DeadlineError(f"{what} to be shared", self._seconds)
+
+    def _set_loaded(self, bucket: int) -> None:
+        with self._state:
+            self._loaded = bucket + 1
+            self._state.notify_all()
+
+    # --- collector -----------------------------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        while True:
+            match self._receive():
+                case Loaded(bucket=bucket, seconds=seconds):
+                    if bucket != self._loaded:
+                        raise ProtocolError(f"the worker loaded bucket {bucket} when {self._loaded} was next")
+                    self._load_seconds += seconds
+                    self._set_loaded(bucket)
+                case Ready(seconds=seconds):
+                    if self._loaded != len(self._plan.buckets):
+                        raise ProtocolError(f"the worker is ready after {self._loaded} of {len(self._plan.buckets)} buckets")
+                    self._hook_seconds = seconds
+                    return
+                case Failed() as failed:
+                    where = f" of bucket {failed.bucket}" if failed.bucket >= 0 else ""
+                    raise PassError(failed.stage, f"the worker failed in {failed.stage}{where}: {failed.reason}")
+                case other:
+                    raise ProtocolError(f"the worker sent {type(other).__name__} during a pass")
+
+    def _receive(self) -> object:
+        worker = self._worker
+        while worker is not None:
+            what = f"bucket {self._loaded} to be loaded" if self._loaded < len(self._plan.buckets) else "the post-hook to end"
+            try:
+                return worker.receive(seconds=min(SLICE, self._remaining()), waiting_for=what)
+            except PeerLostError as e:
+                raise PassError("load", f"{e} while waiting for {what}") from e
+            except DeadlineError:
+                if self._error is not None:
+                    raise Stopped("stopped") from None
+                if self._remaining() <= 0:
+                    raise DeadlineError(f"{what} by {worker.peer}", self._seconds) from None
+        raise Stopped("no worker")
+
+    # --- statistics ----------------------------------------------------------------------------------------------------
+
+    def _stats(self) -> dict[str, StageStats]:
+        lane, plan = self._lane, self._plan
+        lifted = sum(c.nbytes for _, p in self._own for c in p.copies)
+        stats = {"lift": StageStats(lifted, sum(lane.lifting.busy(a, b) for a, b in self._lift_times))}
+        if lane.collective is not None:
+            stats["share"] = StageStats(plan.nbytes, sum(lane.sharing.busy(a, b) for a, b in self._share_times))
+        if self._worker is not None:
+            stats["load"] = StageStats(plan.nbytes, self._load_seconds)
+            stats["post_hook"] = StageStats(0, self._hook_seconds)
+        return stats

@@ -1,0 +1,75 @@
+"""What an update tells about itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from checkpoint_engine.transport.messages import StageStats
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageReport:
+    """nbytes moved and seconds at work; a stage that waits for another is not at work."""
+
+    nbytes: int
+    seconds: float
+
+    @property
+    def gb_per_s(self) -> float:
+        """10^9 bytes per second; 0 when the stage did nothing."""
+        return self.nbytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """One update, the same on every rank but for `seconds`.
+
+    nbytes   bytes of tensors that each replica's workers were shown
+    seconds  from the call of `update` to its end, on this rank
+    stages   lift, share, load, post_hook: the rank that was longest at work in each
+    ranks    the same per rank, in rank order
+    passes   how often the stream ran (more than once with speculative decoding)
+    """
+
+    version: str
+    method: str
+    nbytes: int
+    seconds: float
+    passes: int
+    stages: dict[str, StageReport]
+    ranks: tuple[dict[str, StageReport], ...]
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.nbytes / self.seconds / 1e9
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for JSON, rates included."""
+
+        def stages(of: dict[str, StageReport]) -> dict[str, object]:
+            return {k: {"nbytes": s.nbytes, "seconds": s.seconds, "gb_per_s": s.gb_per_s} for k, s in of.items()}
+
+        return {
+            "version": self.version,
+            "method": self.method,
+            "nbytes": self.nbytes,
+            "seconds": self.seconds,
+            "gb_per_s": self.gb_per_s,
+            "passes": self.passes,
+            "stages": stages(self.stages),
+            "ranks": [stages(r) for r in self.ranks],
+        }
+
+
+def merge(first: dict[str, StageStats], second: dict[str, StageStats]) -> dict[str, StageStats]:
+    """The sum, stage by stage: what two passes did."""
+    total = dict(first)
+    for stage, stats in second.items():
+        before = total.get(stage, StageStats())
+        total[stage] = StageStats(before.nbytes + stats.nbytes, before.seconds + stats.seconds)
+    return total
+
+
+def slowest(ranks: tuple[dict[str, StageReport], ...]) -> dict[str, StageReport]:
+    names = dict.fromkeys(name for stats in ranks for name in stats)
+    return {name: max((stats[name] for stats in ranks if name in stats), key=lambda s: s.seconds) for name in names}

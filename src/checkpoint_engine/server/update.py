@@ -1,0 +1,335 @@
+"""One update as one rank sees it: which pass runs when, when all commit, and how everybody stops together.
+
+Every rank runs the same loop over one inbox: messages of the other ranks and events of this one. Rank 0 leads: it begins
+passes, lets them commit, and ends the update. News of a failure goes from the rank where it happened straight to all.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, ProtocolError, UpdateError
+from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.server.lane import Lane
+from checkpoint_engine.server.leader import Leader
+from checkpoint_engine.server.pipeline import Pass, PassError
+from checkpoint_engine.server.report import merge
+from checkpoint_engine.settings import Settings
+from checkpoint_engine.transport import messages as m
+from checkpoint_engine.transport.links import LEADER, LEFT, Inbox, Links
+from checkpoint_engine.transport.session import WorkerChannel
+
+log = logging.getLogger(__name__)
+LEVEL_SECONDS = 5.0
+"""After a failure: how long the others' answer and the broadcasts in flight may take before the communicator is given up."""
+CAUSE_SECONDS = 0.25
+"""An engine's request fails because its worker did; the worker's own words, on their way here, say more."""
+
+RequestFunction = Callable[[list[tuple[str, str]]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerCame:
+    """A worker connected and said Hello."""
+
+    channel: WorkerChannel
+    hello: m.Hello
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestDone:
+    """req_func returned, or raised `error`."""
+
+    error: BaseException | None
+
+
+@dataclasses.dataclass(frozen=True)
+class PassEnded:
+    """The pass is ready to commit (stats), or failed (error)."""
+
+    stats: dict[str, m.StageStats] | None
+    error: CheckpointEngineError | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionFailed:
+    """Someone connected to the session socket and did not behave."""
+
+    error: CheckpointEngineError
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    passes: int
+    stats: tuple[dict[str, m.StageStats], ...]
+
+
+class _Fail(Exception):
+    """Raised inside the loop: the update has failed, here or elsewhere."""
+
+    def __init__(self, failure: m.Failure, *, announced: bool) -> None:
+        self.failure, self.announced = failure, announced
+
+
+class UpdateRun:
+    """inbox: of this update. device: uuid a worker on this rank must have, None: not checked."""
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        version: str,
+        plan: Plan,
+        lane: Lane,
+        regions: list[torch.Tensor],
+        links: Links,
+        settings: Settings,
+        device: str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._inbox, self._number = inbox, inbox.update
+        self._version, self._plan, self._lane, self._regions = version, plan, lane, regions
+        self._links, self._settings, self._device, self._progress = links, settings, device, progress
+        self._rank = links.rank
+        # The leader knows most about what is missing, so its deadline comes first.
+        self._seconds = settings.timeout + (0 if self._rank == LEADER else 1)
+        self._workers: collections.deque[WorkerCame] = collections.deque()
+        self._asked = 0
+        self._leader = Leader(inbox.update, links.world_size, settings) if self._rank == LEADER else None
+        self._pass: Pass | None = None
+        self._pass_thread: threading.Thread | None = None
+        self._pass_worker: WorkerChannel | None = None
+        self._pass_number = 0
+        self._stats: dict[str, m.StageStats] = {}
+        self._request: threading.Thread | None = None
+        self._dirty = False
+        lane.posted = 0
+
+    def _put(self, event: object) -> None:
+        self._inbox.put(self._rank, event)
+
+    # --- the loop ------------------------------------------------------------------------------------------------------
+
+    def run(self, request: RequestFunction, handles: list[tuple[str, str]]) -> Outcome:
+        """Returns after the last pass has been committed on all ranks. Raises UpdateError, the same on all ranks."""
+        self._request = threading.Thread(target=self._ask, args=(request, handles), name="request", daemon=True)
+        self._request.start()
+        deadline = time.monotonic() + self._seconds
+        try:
+            while (end := self._step(deadline)) is None:
+                pass
+            return Outcome(self._pass_number, end.stats)
+        except _Fail as e:
+            failure = e.failure
+            self._abort(failure, e.announced)
+            raise UpdateError(
+                rank=failure.rank, host=failure.host, stage=failure.stage, reason=failure.reason, dirty=self._dirty
+            ) from None
+        except BaseException as e:  # Ctrl-C, or a mistake of ours: the others must not wait for this rank
+            self._abort(self._failure("update", f"{type(e).__name__}: {e}"), announced=False)
+            raise
+        finally:
+            self._join_request()
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Workers that came when nobody was waiting for them any more."""
+        while (entry := self._inbox.get(0)) is not None:
+            if isinstance(entry[1], WorkerCame):
+                with contextlib.suppress(CheckpointEngineError):
+                    entry[1].channel.send(m.Abort("the update is over"), seconds=1.0)
+                entry[1].channel.close()
+
+    def _ask(self, request: RequestFunction, handles: list[tuple[str, str]]) -> None:
+        error: BaseException | None = None
+        try:
+            request(handles)
+        except BaseException as e:  # whatever the caller's function raises ends the update, with its name
+            error = e
+        self._put(RequestDone(error))
+
+    def _join_request(self) -> None:
+        if self._request is not None:
+            self._request.join(1.0)  # an engine that hangs is its caller's to end
+
+    def _step(self, deadline: float) -> m.End | None:
+        """Take one message or event. Returns the leader's End."""
+        wake = deadline
+        if self._leader is not None:
+            for order in self._leader.orders(time.monotonic()):
+                self._links.tell(order)
+            wake = min(deadline, self._leader.wake)
+        if (entry := self._inbox.get(wake - time.monotonic())) is None:
+            self._check_deadlines(deadline)
+            return None
+        return self._handle(*entry)
+
+    def _check_deadlines(self, deadline: float) -> None:
+        if self._leader is not None and (late := self._leader.overdue(time.monotonic())):
+            rank, stage, error = late
+            raise _Fail(m.Failure(self._number, rank, self._host(), stage, str(error)), announced=False)
+        if time.monotonic() >= deadline:
+            waited_for = self._leader.waiting_for() if self._leader else f"rank {LEADER} to end the update"
+            raise self._fail("update", str(DeadlineError(waited_for, self._seconds)))
+
+    def _handle(self, sender: int, event: object) -> m.End | None:
+        match event:
+            case WorkerCame():
+                self._welcome(event)
+            case RequestDone(error=None):
+                self._links.send(LEADER, m.Returned(self._number))
+            case RequestDone(error=error):
+                self._await_cause()
+                reason = str(error) if isinstance(error, CheckpointEngineError) else f"{type(error).__name__}: {error}"
+                raise self._fail("request", reason)
+            case SessionFailed(error=problem):
+                raise self._fail("attach", str(problem))
+            case m.Begin():
+                self._begin(event)
+            case PassEnded(stats=None, error=failed):
+                stage = failed.stage if isinstance(failed, PassError) else "update"
+                raise self._fail(stage, failed.reason if isinstance(failed, PassError) else str(failed))
+            case PassEnded(stats=stats):
+                self._stats = merge(self._stats, stats or {})
+                self._links.send(LEADER, m.PassDone(self._number, self._pass_number, self._stats))
+            case m.CommitPass():
+                self._commit()
+            case m.Failure():
+                raise _Fail(event, announced=True)
+            case m.Lost(reason=reason) if reason == LEFT:
+                pass  # it has seen the end of this update already, or its Failure came first
+            case m.Lost(rank=rank, reason=reason):
+                gone = m.Failure(self._number, rank, "?", "update", f"the server of rank {rank} is gone ({reason})")
+                raise _Fail(gone, announced=False)
+            case m.Stopped():
+                self._inbox.put(sender, event)  # _level counts it
+                self._await_cause()
+                raise self._fail("update", f"rank {sender} stopped")
+            case m.End():
+                return event
+            case _ if self._leader is not None:
+                self._leader.hear(sender, event)
+        return None
+
+    def _await_cause(self) -> None:
+        """Give a more telling failure a moment to arrive; raises it if it does."""
+        until = time.monotonic() + CAUSE_SECONDS
+        kept = []
+        try:
+            while (entry := self._inbox.get(until - time.monotonic())) is not None:
+                kept.append(entry)
+                event = entry[1]
+                if isinstance(event, m.Failure | m.Lost) or (isinstance(event, PassEnded) and event.error is not None):
+                    self._handle(*entry)
+        finally:
+            for entry in kept:
+                self._inbox.put(*entry)
+
+    # --- passes --------------------------------------------------------------------------------------------------------
+
+    def _welcome(self, worker: WorkerCame) -> None:
+        if self._device is not None and worker.hello.device != self._device:
+            raise self._fail("attach", f"a worker on {worker.hello.device} took the handle of {self._device} (rank {self._rank})")
+        self._workers.append(worker)
+        self._asked += 1
+        self._links.send(LEADER, m.Waiting(self._number, self._asked))
+
+    def _begin(self, begin: m.Begin) -> None:
+        worker: WorkerCame | None = None
+        if self._rank in begin.ranks:
+            if not self._workers:
+                raise self._fail("attach", f"pass {begin.pass_} began without this rank's worker")
+            worker = self._workers.popleft()
+        self._pass_number = begin.pass_
+        self._pass_worker = worker.channel if worker else None
+        self._pass = Pass(
+            self._plan,
+            self._lane,
+            self._regions,
+            self._pass_worker,
+            worker.hello.plans if worker else (),
+            self._settings.timeout,
+            self._progress if begin.pass_ == 1 else None,
+        )
+        self._pass_thread = threading.Thread(target=self._run_pass, args=(self._pass,), name="pass", daemon=True)
+        self._pass_thread.start()
+
+    def _run_pass(self, running: Pass) -> None:
+        stats, error = None, None
+        try:
+            stats = running.run()
+        except CheckpointEngineError as e:
+            error = e
+        self._put(PassEnded(stats, error))
+
+    def _commit(self) -> None:
+        if (worker := self._pass_worker) is not None:
+            try:
+                worker.send(m.Commit(self._version), seconds=self._settings.connect_timeout)
+                answer = worker.receive(seconds=self._settings.connect_timeout, waiting_for="the commit to be acknowledged")
+                if not isinstance(answer, m.Committed):
+                    raise ProtocolError(f"the worker answered Commit with {type(answer).__name__}")
+            except CheckpointEngineError as e:
+                self._dirty = True
+                raise self._fail("commit", str(e)) from e
+            worker.close()
+        self._pass = self._pass_worker = None
+        self._links.send(LEADER, m.Settled(self._number, self._pass_number))
+
+    # --- failure -------------------------------------------------------------------------------------------------------
+
+    def _host(self) -> str:
+        return socket.gethostname()
+
+    def _failure(self, stage: str, reason: str) -> m.Failure:
+        return m.Failure(self._number, self._rank, self._host(), stage, reason)
+
+    def _fail(self, stage: str, reason: str) -> _Fail:
+        return _Fail(self._failure(stage, reason), announced=False)
+
+    def _abort(self, failure: m.Failure, announced: bool) -> None:
+        """Tell everybody, stop this rank's pass, tell its workers, and leave the communicator consistent or give it up."""
+        if not announced:
+            self._links.tell(failure, to_self=False)
+        if self._pass is not None:
+            self._pass.stop()
+            self._dirty = self._dirty or self._pass.loads_sent > 0
+        text = str(UpdateError(rank=failure.rank, host=failure.host, stage=failure.stage, reason=failure.reason))
+        self._dismiss(text)
+        self._level()
+
+    def _dismiss(self, reason: str) -> None:
+        channels = [w.channel for w in self._workers] + ([self._pass_worker] if self._pass_worker else [])
+        for channel in channels:
+            with contextlib.suppress(CheckpointEngineError):
+                channel.send(m.Abort(reason), seconds=1.0)
+        if self._pass_thread is not None:
+            self._pass_thread.join(LEVEL_SECONDS)
+        for channel in channels:
+            channel.close()
+
+    def _level(self) -> None:
+        """Bring all ranks' communicators to the same broadcast; without every rank's word, give the communicator up."""
+        if self._pass_thread is not None and self._pass_thread.is_alive():
+            self._lane.abandon()
+        deadline = time.monotonic() + LEVEL_SECONDS
+        self._links.tell(m.Stopped(self._number, self._lane.posted, self._dirty))
+        posted: dict[int, int] = {}
+        while len(posted) < self._links.world_size and not self._links.lost:
+            if (entry := self._inbox.get(deadline - time.monotonic())) is None:
+                break
+            if isinstance(entry[1], m.Stopped):
+                posted[entry[0]] = entry[1].posted
+        complete = len(posted) == self._links.world_size and not self._lane.damaged
+        if not complete or not self._lane.level(self._plan, max(posted.values()), max(0.1, deadline - time.monotonic())):
+            log.warning("rank %d: giving up the communicator; the next update makes a new one", self._rank)
+            self._lane.abandon()
+

@@ -1,0 +1,313 @@
+"""The mesh of links between servers: agreement, news of failure, and notice of death.
+
+Every pair of servers has one TCP connection, so the end of any process is known at once everywhere, whoever it was. One
+thread reads them all. The store only hands out addresses and the fleet's secret.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hmac
+import logging
+import queue
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
+
+from checkpoint_engine.devices.base import Closing
+from checkpoint_engine.errors import AgreementError, CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError
+from checkpoint_engine.settings import Settings
+from checkpoint_engine.transport.channel import Channel
+from checkpoint_engine.transport.messages import Give, Given, Goodbye, Introduce, Lost, OverLink, Withdrawn
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+log = logging.getLogger(__name__)
+LEADER = 0
+LEFT = "it left in good order"
+LinkChannel = Channel[OverLink]
+
+
+def local_address(master_addr: str, port: int) -> str:
+    """The address of the interface by which this host reaches `master_addr`: where others reach this host."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((master_addr, port))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+class Inbox:
+    """What one update hears: (rank, message), from other ranks and from this one."""
+
+    def __init__(self, update: int) -> None:
+        self.update = update
+        self._queue: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
+
+    def put(self, rank: int, message: object) -> None:
+        self._queue.put((rank, message))
+
+    def get(self, seconds: float) -> tuple[int, object] | None:
+        """The next entry; None when there is none within `seconds`."""
+        try:
+            return self._queue.get(timeout=max(0.0, seconds))
+        except queue.Empty:
+            return None
+
+
+class Links(Closing):
+    """Links of server `rank` to all others. A world of one needs no store and makes none.
+
+    Raises DeadlineError naming the rank that did not come within settings.join_timeout.
+    """
+
+    def __init__(self, rank: int, world_size: int, store: Store | None, address: str, settings: Settings) -> None:
+        self.rank, self.world_size, self._settings = rank, world_size, settings
+        self._channels: dict[int, LinkChannel] = {}
+        self._lost: dict[int, str] = {}
+        self._changed = threading.Condition()
+        self._round = 0
+        self._given: dict[int, dict[int, Give]] = {}
+        self._answers: dict[int, Given | Withdrawn] = {}
+        self._inboxes: dict[int, Inbox] = {}
+        self._oldest = 0
+        self._closing = False
+        if world_size > 1:
+            if store is None:
+                raise ProtocolError(f"a world of {world_size} ranks needs a store to meet at")
+            self._connect(store, address)
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._woken = socket.socketpair()
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        for peer, channel in self._channels.items():
+            self._selector.register(channel, selectors.EVENT_READ, peer)
+        self._thread = threading.Thread(target=self._read, name="links", daemon=True)
+        self._thread.start()
+
+    def _connect(self, store: Store, address: str) -> None:
+        """Lower ranks listen, higher ranks connect: one link a pair."""
+        deadline = time.monotonic() + self._settings.join_timeout
+        if self.rank == LEADER:
+            store.set("secret", secrets.token_hex(16))
+        with socket.create_server((address, 0), backlog=self.world_size) as server:
+            store.set(f"link/{self.rank}", f"{address}:{server.getsockname()[1]}")
+            secret = self._look_up(store, "secret", LEADER, deadline)
+            try:
+                for peer in range(self.rank):
+                    host, _, port = self._look_up(store, f"link/{peer}", peer, deadline).decode().rpartition(":")
+                    self._channels[peer] = self._call(peer, (host, int(port)), secret, deadline)
+                while len(self._channels) < self.world_size - 1:
+                    self._accept(server, secret, deadline)
+            except BaseException:
+                for channel in self._channels.values():
+                    channel.close()
+                raise
+
+    def _look_up(self, store: Store, key: str, peer: int, deadline: float) -> bytes:
+        try:
+            store.wait([key], datetime.timedelta(seconds=max(0.1, deadline - time.monotonic())))
+            value: bytes = store.get(key)
+            return value
+        except RuntimeError as e:  # torch's store errors
+            raise DeadlineError(f"rank {peer} to join the fleet ({str(e).splitlines()[0]})", self._settings.join_timeout) from e
+
+    def _call(self, peer: int, address: tuple[str, int], secret: bytes, deadline: float) -> LinkChannel:
+        try:
+            sock = socket.create_connection(address, timeout=max(0.1, deadline - time.monotonic()))
+        except OSError as e:
+            raise PeerLostError(f"rank {peer} at {address[0]}:{address[1]}", str(e)) from e
+        channel: LinkChannel = Channel(sock, f"rank {peer}", OverLink, self._settings.connect_timeout)  # type: ignore[arg-type]
+        channel.send(Introduce(self.rank, secret), seconds=self._settings.connect_timeout)
+        return channel
+
+    def _accept(self, server: socket.socket, secret: bytes, deadline: float) -> None:
+        missing = sorted(set(range(self.rank + 1, self.world_size)) - set(self._channels))
+        server.settimeout(max(0.1, deadline - time.monotonic()))
+        try:
+            sock, address = server.accept()
+        except TimeoutError:
+            raise DeadlineError(f"ranks {missing} to join the fleet", self._settings.join_timeout) from None
+        seconds = self._settings.connect_timeout
+        try:
+            channel: LinkChannel = Channel(sock, f"a server at {address[0]}", OverLink, seconds)  # type: ignore[arg-type]
+        except CheckpointEngineError as e:  # a stranger must not keep the fleet from meeting
+            log.warning("turned away a connection to rank %d's link port: %s", self.rank, e)
+            return
+        try:
+            first = channel.receive(seconds=seconds, waiting_for="an introduction")
+            if not isinstance(first, Introduce) or not hmac.compare_digest(first.secret, secret) or first.rank not in missing:
+                raise ProtocolError("not a member of this fleet")
+        except CheckpointEngineError as e:
+            log.warning("turned away %s: %s", channel.peer, e)
+            channel.close()
+            return
+        channel.peer = f"rank {first.rank}"
+        self._channels[first.rank] = channel
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        while not self._closing:
+            for key, _ in self._selector.select():
+                if key.data is None:
+                    return
+                peer, channel = key.data, self._channels[key.data]
+                try:
+                    for message in channel.drain():
+                        self._dispatch(peer, message)
+                except CheckpointEngineError as e:
+                    self._selector.unregister(channel)
+                    self._lose(peer, str(e))
+
+    def _dispatch(self, peer: int, message: OverLink) -> None:
+        with self._changed:
+            match message:
+                case Give():
+                    self._given.setdefault(message.round, {})[peer] = message
+                case Given():
+                    self._answers.setdefault(message.round, message)
+                case Withdrawn():
+                    self._answers.setdefault(message.round, message)
+                case Goodbye():
+                    self._lost.setdefault(peer, LEFT)
+                case Introduce():
+                    raise ProtocolError(f"rank {peer} introduced itself twice")
+                case _:
+                    if message.update >= self._oldest:
+                        self._inbox(message.update).put(peer, message)
+            self._changed.notify_all()
+
+    def _lose(self, peer: int, reason: str) -> None:
+        with self._changed:
+            reason = self._lost.setdefault(peer, reason)
+            for inbox in self._inboxes.values():
+                inbox.put(peer, Lost(peer, reason))
+            self._changed.notify_all()
+
+    # --- talking -----------------------------------------------------------------------------------------------------
+
+    @property
+    def lost(self) -> dict[int, str]:
+        """Ranks whose link is gone, and why."""
+        with self._changed:
+            return dict(self._lost)
+
+    def send(self, rank: int, message: OverLink) -> None:
+        """To one rank; to this rank itself it goes straight to the inbox. Raises PeerLostError."""
+        if rank == self.rank:
+            self._dispatch(rank, message)
+        elif rank in self.lost:
+            raise PeerLostError(f"rank {rank}", self.lost[rank])
+        else:
+            self._channels[rank].send(message, seconds=self._settings.connect_timeout)
+
+    def tell(self, message: OverLink, *, to_self: bool = True) -> None:
+        """To all ranks that are left."""
+        for rank in range(self.world_size):
+            if rank != self.rank or to_self:
+                with contextlib.suppress(PeerLostError, DeadlineError):
+                    self.send(rank, message)
+
+    @contextlib.contextmanager
+    def inbox(self, update: int) -> Iterator[Inbox]:
+        """Messages of update number `update`, those that came early included, and Lost for each rank that is gone. What
+        comes for it later is dropped."""
+        with self._changed:
+            inbox = self._inbox(update)
+            for rank, reason in self._lost.items():
+                inbox.put(rank, Lost(rank, reason))
+        try:
+            yield inbox
+        finally:
+            with self._changed:
+                self._oldest = max(self._oldest, update + 1)
+                for old in [u for u in self._inboxes if u < self._oldest]:
+                    del self._inboxes[old]
+
+    def _inbox(self, update: int) -> Inbox:
+        return self._inboxes.setdefault(update, Inbox(update))
+
+    @property
+    def next_round(self) -> int:
+        """The number that the next `exchange` will have, on all ranks."""
+        return self._round + 1
+
+    def exchange(self, what: str, payload: bytes, seconds: float) -> tuple[bytes, ...]:
+        """Everybody's payload, in rank order. All ranks must call it in the same order with the same `what`.
+
+        Raises PeerLostError naming a rank that is gone, DeadlineError naming those that did not come, AgreementError when
+        another rank is doing something else or gave up. All ranks' rounds stay in step whatever happened.
+        """
+        with self._changed:
+            self._round += 1
+            number = self._round
+        mine = Give(number, what, payload)
+        if self.rank == LEADER:
+            self._dispatch(self.rank, mine)
+            return self._collect(mine, seconds)
+        self.send(LEADER, mine)
+        return self._await_answer(mine, seconds)
+
+    def _collect(self, mine: Give, seconds: float) -> tuple[bytes, ...]:
+        deadline, number = time.monotonic() + seconds, mine.round
+        everybody: set[int] = set(range(self.world_size))
+        try:
+            with self._changed:
+                while missing := everybody - set(self._given[number]):
+                    self._check_round(number, missing)
+                    if not self._changed.wait(max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
+                        raise DeadlineError(f"ranks {sorted(missing)} to reach {mine.what}", seconds)
+                self._check_round(number, ())
+                parts = self._given[number]
+            for rank, part in parts.items():
+                if part.what != mine.what:
+                    raise AgreementError(f"rank {rank} is at {part.what}, rank {self.rank} at {mine.what}: call the same on all ranks")
+        except CheckpointEngineError as e:
+            self.tell(Withdrawn(number, str(e)), to_self=False)
+            raise
+        finally:
+            with self._changed:
+                self._given.pop(number, None)
+        answer = Given(number, tuple(parts[r].payload for r in sorted(parts)))
+        self.tell(answer, to_self=False)
+        return answer.payloads
+
+    def _check_round(self, number: int, missing: Collection[int]) -> None:
+        for rank in missing:
+            if rank in self._lost:
+                raise PeerLostError(f"rank {rank}", self._lost[rank])
+        if isinstance(answer := self._answers.pop(number, None), Withdrawn):
+            raise AgreementError(answer.reason)
+
+    def _await_answer(self, mine: Give, seconds: float) -> tuple[bytes, ...]:
+        deadline = time.monotonic() + seconds
+        try:
+            with self._changed:
+                while mine.round not in self._answers:
+                    self._check_round(mine.round, {LEADER})
+                    if not self._changed.wait(max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
+                        raise DeadlineError(f"rank {LEADER} to reach {mine.what}", seconds)
+                answer = self._answers.pop(mine.round)
+        except DeadlineError as e:
+            with contextlib.suppress(PeerLostError):
+                self.send(LEADER, Withdrawn(mine.round, f"rank {self.rank} {e}"))
+            raise
+        if isinstance(answer, Withdrawn):
+            raise AgreementError(answer.reason)
+        return answer.payloads
+
+    def close(self) -> None:
+        if self._closing:
+            return
+        self.tell(Goodbye(), to_self=False)
+        self._closing = True
+        self._wake.close()
+        self._thread.join(5)
+        self._woken.close()
+        self._selector.close()
+        for channel in self._channels.values():
+            channel.close()

@@ -1,0 +1,222 @@
+"""Every message on every wire, one small struct each. No pickle; nothing in a message is ever executed."""
+
+from __future__ import annotations
+
+import msgspec
+
+from checkpoint_engine.devices.base import SharedHandle
+from checkpoint_engine.planning.plan import Item
+
+PROTOCOL = 1
+"""Raised by one whenever a message changes its meaning; both ends come from the installed package."""
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """A tagged array on the wire: [type, field, ...]."""
+
+
+# --- worker -> server, over a session ---------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """I am ready to load. `plans`: digests of the tables that I still have."""
+
+    pid: int
+    device: str
+    version: str | None
+    dirty: bool
+    plans: tuple[str, ...]
+
+
+class Loaded(Message, frozen=True):
+    """The bucket's tensors are in place and its bytes in the ring may be overwritten; `seconds` inside `run`."""
+
+    bucket: int
+    seconds: float
+
+
+class Ready(Message, frozen=True):
+    """Everything is loaded, the ring unmapped and the post-hook done; `seconds` inside it."""
+
+    seconds: float
+
+
+class Committed(Message, frozen=True):
+    """This worker serves the version that Commit named."""
+
+
+class Failed(Message, frozen=True):
+    """This worker cannot go on. bucket: -1 outside of loading. dirty: some bytes were loaded already."""
+
+    stage: str
+    bucket: int
+    reason: str
+    dirty: bool
+
+
+# --- server -> worker -------------------------------------------------------------------------------------------------
+
+
+class Table(Message, frozen=True):
+    """A bucket's place in the ring and its tensors."""
+
+    offset: int
+    nbytes: int
+    items: tuple[Item, ...]
+
+
+class Attach(Message, frozen=True):
+    """Map this ring (descriptors travel beside the message). `tables` is None when Hello named the plan."""
+
+    rank: int
+    ring: SharedHandle
+    plan: str
+    tables: tuple[Table, ...] | None
+
+
+class Load(Message, frozen=True):
+    """The bucket's bytes are complete in the ring."""
+
+    bucket: int
+
+
+class Release(Message, frozen=True):
+    """No further bucket comes: unmap the ring, run the post-hook."""
+
+
+class Commit(Message, frozen=True):
+    """All workers of all ranks are ready: this version is what you serve from now on."""
+
+    version: str
+
+
+class Abort(Message, frozen=True):
+    """The update failed, here or elsewhere."""
+
+    reason: str
+
+
+FromWorker = Hello | Loaded | Ready | Committed | Failed
+FromServer = Attach | Load | Release | Commit | Abort
+
+# --- server <-> server, over links ------------------------------------------------------------------------------------
+
+
+class Introduce(Message, frozen=True):
+    """First on a link: who I am, and the secret that the store handed to members of this fleet only."""
+
+    rank: int
+    secret: bytes
+
+
+class Give(Message, frozen=True):
+    """Member to leader: my part of an exchange."""
+
+    round: int
+    what: str
+    payload: bytes
+
+
+class Given(Message, frozen=True):
+    """Leader to members: everybody's parts, in rank order."""
+
+    round: int
+    payloads: tuple[bytes, ...]
+
+
+class Withdrawn(Message, frozen=True):
+    """This round will not come about."""
+
+    round: int
+    reason: str
+
+
+class Waiting(Message, frozen=True):
+    """A worker of this rank waits for pass number `pass_`."""
+
+    update: int
+    pass_: int
+
+
+class Returned(Message, frozen=True):
+    """This rank's request to the engine has returned."""
+
+    update: int
+
+
+class Begin(Message, frozen=True):
+    """Leader: start pass `pass_`; the workers of `ranks` take part, the others' ranks relay."""
+
+    update: int
+    pass_: int
+    ranks: tuple[int, ...]
+
+
+class StageStats(msgspec.Struct, frozen=True):
+    """What one stage did on one rank: bytes moved and seconds it was at work."""
+
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+class PassDone(Message, frozen=True):
+    """This rank's worker is ready to commit pass `pass_` (or had none in it)."""
+
+    update: int
+    pass_: int
+    stats: dict[str, StageStats]
+
+
+class CommitPass(Message, frozen=True):
+    """Leader: every rank is ready."""
+
+    update: int
+    pass_: int
+
+
+class Settled(Message, frozen=True):
+    """This rank's worker has committed pass `pass_`."""
+
+    update: int
+    pass_: int
+
+
+class End(Message, frozen=True):
+    """Leader: the update is over; all ranks' stage statistics, in rank order."""
+
+    update: int
+    stats: tuple[dict[str, StageStats], ...]
+
+
+class Failure(Message, frozen=True):
+    """The update failed on `rank`."""
+
+    update: int
+    rank: int
+    host: str
+    stage: str
+    reason: str
+
+
+class Stopped(Message, frozen=True):
+    """After a failure: this rank queued `posted` broadcasts in this update and queues no more on its own."""
+
+    update: int
+    posted: int
+    dirty: bool
+
+
+class Goodbye(Message, frozen=True):
+    """This server leaves in good order."""
+
+
+class Lost(Message, frozen=True):
+    """Never on the wire: the link to `rank` broke."""
+
+    rank: int
+    reason: str
+
+
+OverLink = (
+    Introduce | Give | Given | Withdrawn | Waiting | Returned | Begin | PassDone | CommitPass | Settled | End | Failure | Stopped | Goodbye
+)

@@ -1,0 +1,180 @@
+"""The receiving end of one pass: attach, load bucket by bucket, release, post-hook, commit."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import zmq
+
+from checkpoint_engine.devices.base import Device, Mapping, get_device
+from checkpoint_engine.errors import CheckpointEngineError, PeerLostError, ProtocolError, WorkerUpdateError
+from checkpoint_engine.settings import Settings
+from checkpoint_engine.transport.messages import (
+    Abort,
+    Attach,
+    Commit,
+    Committed,
+    Failed,
+    Hello,
+    Load,
+    Loaded,
+    Ready,
+    Release,
+    Table,
+)
+from checkpoint_engine.transport.session import ServerChannel, connect
+from checkpoint_engine.worker.state import WeightsState, weights_state
+
+LoadWeights = Callable[[list[tuple[str, torch.Tensor]]], None]
+Expected = TypeVar("Expected")
+KEPT_TABLES = 4
+
+_tables: collections.OrderedDict[str, tuple[Table, ...]] = collections.OrderedDict()
+
+
+def update_weights_from_ipc(
+    zmq_ctx: zmq.Context[zmq.Socket[bytes]] | None,
+    zmq_handle: str,
+    device_id: int,
+    *,
+    run: LoadWeights,
+    post_hook: Callable[[], None] | None = None,
+    state: WeightsState | None = None,
+) -> str:
+    """Take one update from the server behind `zmq_handle` and return the version that is served from now on.
+
+    run        called once per bucket with [(name, tensor)]; the tensors are views of memory shared with the server and are
+               valid only during the call
+    post_hook  called once after the last bucket, when the shared memory is unmapped again
+    state      where version and dirty are kept; None: one per device of this process (`weights_state`)
+    zmq_ctx    accepted for the contract's sake and not used (docs/decisions.md)
+
+    Raises WorkerUpdateError when the update failed here or on any other rank; its `dirty` says whether the weights are a
+    mixture now. Nothing is committed then, and the next complete update heals it.
+    """
+    settings = Settings.from_environment()
+    session = _Session(device_id, run, post_hook, state or weights_state(device_id), settings)
+    with session.connect(zmq_handle) as session.channel:
+        return session.receive()
+
+
+class _Failure(Exception):
+    def __init__(self, stage: str, bucket: int, error: BaseException) -> None:
+        self.stage, self.bucket = stage, bucket
+        self.reason = str(error) if isinstance(error, CheckpointEngineError) else f"{type(error).__name__}: {error}"
+
+
+class _Session:
+    channel: ServerChannel
+
+    def __init__(
+        self, device_id: int, run: LoadWeights, post_hook: Callable[[], None] | None, state: WeightsState, settings: Settings
+    ) -> None:
+        self.run, self.post_hook, self.state, self.settings = run, post_hook, state, settings
+        self.device: Device = get_device(index=device_id)
+        self.device.bind_thread()
+        self.soiled = False
+
+    def connect(self, handle: str) -> ServerChannel:
+        try:
+            return connect(handle, self.settings.connect_timeout)
+        except CheckpointEngineError as e:
+            raise WorkerUpdateError(str(e), dirty=self.state.dirty) from e
+
+    def receive(self) -> str:
+        try:
+            version, dirty = self.state.read()
+            self._send(Hello(os.getpid(), self.device.uuid, version, dirty, tuple(_tables)))
+            self._load_all()
+            self._finish()
+            return self._commit()
+        except _Failure as e:
+            # The server may have gone first; then it knows already.
+            with contextlib.suppress(CheckpointEngineError):
+                self._send(Failed(e.stage, e.bucket, e.reason, self.soiled))
+            where = f"{e.stage} of bucket {e.bucket}" if e.bucket >= 0 else e.stage
+            raise WorkerUpdateError(f"{where} failed here: {e.reason}", dirty=self.state.dirty) from e.__cause__
+        except CheckpointEngineError as e:
+            raise WorkerUpdateError(str(e), dirty=self.state.dirty) from e
+
+    def _load_all(self) -> None:
+        attach = self._next("Attach", Attach)
+        tables = _remember(attach)
+        try:
+            mapping = self.device.open_ring(attach.ring, self.channel.take_descriptors())
+        except Exception as e:
+            raise _Failure("attach", -1, e) from e
+        with mapping:
+            while isinstance(message := self._next("a bucket", Load, Release), Load):
+                if not 0 <= message.bucket < len(tables):
+                    raise ProtocolError(f"the server sent bucket {message.bucket} of {len(tables)}")
+                self._load(message.bucket, tables[message.bucket], mapping)
+
+    def _load(self, bucket: int, table: Table, mapping: Mapping) -> None:
+        start = time.perf_counter()
+        try:
+            weights = views(mapping.tensor[table.offset : table.offset + table.nbytes], table)
+            self.state.soil()
+            self.soiled = True
+            self.run(weights)
+            # The bytes may be overwritten as soon as we say so: the engine's copies must be over, not just queued.
+            self.device.synchronize()
+        except Exception as e:
+            raise _Failure("load", bucket, e) from e
+        self._send(Loaded(bucket, time.perf_counter() - start))
+
+    def _finish(self) -> None:
+        start = time.perf_counter()
+        try:
+            if self.post_hook is not None:
+                self.post_hook()
+            self.device.synchronize()
+        except Exception as e:
+            raise _Failure("post_hook", -1, e) from e
+        self._send(Ready(time.perf_counter() - start))
+
+    def _commit(self) -> str:
+        commit = self._next("Commit", Commit)
+        self.state.commit(commit.version)
+        with contextlib.suppress(PeerLostError):  # committed is committed
+            self._send(Committed())
+        return commit.version
+
+    def _send(self, message: Hello | Loaded | Ready | Committed | Failed) -> None:
+        try:
+            self.channel.send(message, seconds=self.settings.timeout)
+        except PeerLostError:
+            self._next("the reason", Abort)  # a server that aborted said why before it hung up
+            raise
+
+    def _next(self, what: str, *expected: type[Expected]) -> Expected:
+        message = self.channel.receive(seconds=self.settings.timeout, waiting_for=what)
+        if isinstance(message, Abort):
+            raise WorkerUpdateError(message.reason, dirty=self.state.dirty)
+        if not isinstance(message, expected):
+            raise ProtocolError(f"the server sent {type(message).__name__} instead of {what}")
+        return message
+
+
+def _remember(attach: Attach) -> tuple[Table, ...]:
+    if attach.tables is not None:
+        _tables[attach.plan] = attach.tables
+        while len(_tables) > KEPT_TABLES:
+            _tables.popitem(last=False)
+    elif attach.plan not in _tables:
+        raise ProtocolError("the server did not send the plan's tables, which this worker does not have")
+    return _tables[attach.plan]
+
+
+def views(memory: torch.Tensor, table: Table) -> list[tuple[str, torch.Tensor]]:
+    """The bucket's tensors as views of its bytes (uint8, one-dimensional)."""
+    return [
+        (item.name, memory[item.offset : item.offset + item.nbytes].view(getattr(torch, item.dtype)).view(item.shape))
+        for item in table.items
+    ]

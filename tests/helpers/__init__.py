@@ -1,0 +1,1 @@
+"""What the tests share: real processes, ports, two hosts in one machine, and a look at what a test left behind."""
