@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import msgspec
 import torch
@@ -61,6 +61,10 @@ class Report(msgspec.Struct):
     h2d: float  # bytes per second, all at once
     held: int  # device bytes that this process took
     equal: bool
+
+
+def cut(tensor: torch.Tensor, size: int) -> list[torch.Tensor]:
+    return [tensor[start : start + size] for start in range(0, tensor.numel(), size)]
 
 
 def pattern(rank: int) -> int:
@@ -118,8 +122,8 @@ class Server:
     def __init__(self, task: Task, device: Device, ring: Ring, staging: Ring, channel: socket.socket, share: Share) -> None:
         self.task, self.device, self.ring, self.channel, self.share = task, device, ring, channel, share
         self.lift_stream, self.share_stream = device.stream("lift"), device.stream("share")
-        self.slots = list(ring.tensor.split(task.slot))
-        self.staging = list(staging.tensor.split(task.slot))
+        self.slots = cut(ring.tensor, task.slot)
+        self.staging = cut(staging.tensor, task.slot)
         self.loaded = 0  # buckets the worker has copied, in order
         self.change = threading.Condition()
         self.shared: queue.SimpleQueue[tuple[int, Event] | None] = queue.SimpleQueue()
@@ -232,6 +236,8 @@ def worker_process(task: Task, ring: Ring) -> Iterator[tuple[socket.socket, subp
             raise RuntimeError("the worker could not map the ring")
         yield ours, process
     finally:
+        with suppress(OSError):
+            ours.shutdown(socket.SHUT_RDWR)  # closing alone would not reach the worker while a thread of ours is reading
         ours.close()
         try:
             process.wait(20)
@@ -245,18 +251,18 @@ def serve(task: Task) -> None:
     device.bind_thread()
     store = TCPStore("127.0.0.1", task.port, is_master=False, timeout=datetime.timedelta(seconds=TIMEOUT))
     region = host_memory(task.region).fill_(pattern(task.rank))
-    free = device.free_bytes()
     with ExitStack() as stack:
         stack.enter_context(device.register_host(region))
         ring = stack.enter_context(device.allocate_ring(task.slots * task.slot))
         staging = stack.enter_context(device.allocate(task.staging * task.slot))
         channel, _ = stack.enter_context(worker_process(task, ring))
+        free = device.free_bytes()  # the worker has taken all it takes; from here on it is the server's
         server = Server(task, device, ring, staging, channel, Share(task, device, store, stack))
         seconds = []
         for number in range(task.rounds + 1):  # the first one connects the ranks and counts for nothing
             barrier(store, f"round/{number}", task.ranks)
             seconds.append(server.round(region))
-        held = max(0, free - device.free_bytes())
+        held = (task.slots + task.staging) * task.slot + (free - device.free_bytes() if task.device == "cuda" else 0)
         barrier(store, "h2d", task.ranks)
         h2d = copy_rate(server.lift_stream, staging.tensor[: task.slot], region[: task.slot], 0.5, TIMEOUT)
         server.shared.put((CHECK, server.share_stream.record()))
@@ -276,9 +282,9 @@ def work(task: Task, descriptor: int) -> None:
     handle = msgspec.json.decode(data, type=SharedHandle)
     keep = min(task.buckets, max(1, min(4 * GIB, device.free_bytes() // 2) // task.slot))
     with device.open_ring(handle, tuple(descriptors)) as mapping, device.stream("load") as stream:
-        slots = mapping.tensor.split(task.slot)
+        slots = cut(mapping.tensor, task.slot)
         with device.allocate(keep * task.slot) as parameters:
-            places = parameters.tensor.split(task.slot)
+            places = cut(parameters.tensor, task.slot)
             send(channel, DONE)
             while (k := receive(channel)) is not None:
                 if k == CHECK:

@@ -42,10 +42,12 @@ shapes = st.lists(st.integers(0, 5), max_size=4)
 writable = sorted(set(DTYPES.values()) - {"float8_e8m0fnu"})  # the package has no torch dtype for it in every version
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda s: s != "__metadata__"),
                        st.tuples(st.sampled_from(writable), shapes), min_size=1, max_size=6))  # fmt: skip
-def test_agrees_with_the_safetensors_package(tmp_path_factory: pytest.TempPathFactory, spec: dict[str, tuple[str, list[int]]]) -> None:
+def test_agrees_with_the_safetensors_package(
+    tmp_path_factory: pytest.TempPathFactory, spec: dict[str, tuple[str, list[int]]]
+) -> None:
     path = tmp_path_factory.mktemp("oracle") / "a.safetensors"
     tensors = {name: torch.zeros(shape, dtype=torch.int8).to(getattr(torch, dtype)) for name, (dtype, shape) in spec.items()}
     save_file(tensors, path, metadata={"format": "pt"})

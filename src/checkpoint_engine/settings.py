@@ -24,6 +24,7 @@ class Settings:
     """Sizes in bytes, times in seconds.
 
     bucket_bytes     the unit of transfer; None: chosen from device and world size
+    max_bucket_bytes no bucket that is chosen so gets larger
     ring_bytes       device memory shared with the worker; None: chosen from bucket_bytes
     mem_fraction     at most this part of the smallest free device memory is used for the ring
     free_after_update  give ring, staging and communicator back after each update
@@ -32,12 +33,14 @@ class Settings:
     allowed_uids     users whose workers may connect, besides the server's own
     timeout          the whole of one update
     connect_timeout  for a peer that ought to be there already to answer
+    attach_timeout   for every rank's worker to connect, once an update has begun: its engine may finish a step first
     join_timeout     for all ranks to reach the same collective call (gather_metas, update, barrier)
     pass_grace       how long the leader waits, once one worker asks for a further pass, for the others to ask too
     io_threads       threads that read and copy into host memory
     """
 
     bucket_bytes: int | None = None
+    max_bucket_bytes: int | None = None
     ring_bytes: int | None = None
     mem_fraction: float = 0.9
     free_after_update: bool = False
@@ -46,18 +49,19 @@ class Settings:
     allowed_uids: frozenset[int] = frozenset()
     timeout: float = 600.0
     connect_timeout: float = 30.0
+    attach_timeout: float = 120.0
     join_timeout: float = 300.0
     pass_grace: float = 0.05
     io_threads: int = dataclasses.field(default_factory=lambda: min(16, 2 * (os.cpu_count() or 4)))
 
     def __post_init__(self) -> None:
-        for name in ("bucket_bytes", "ring_bytes"):
+        for name in ("bucket_bytes", "max_bucket_bytes", "ring_bytes"):
             value = getattr(self, name)
             if value is not None and value < 4 * KIB:
                 raise SettingsError(f"{name} must be at least 4096 bytes, not {value}")
         if not 0 < self.mem_fraction <= 1:
             raise SettingsError(f"mem_fraction must be in (0, 1], not {self.mem_fraction}")
-        for name in ("timeout", "connect_timeout", "join_timeout", "io_threads"):
+        for name in ("timeout", "connect_timeout", "attach_timeout", "join_timeout", "io_threads"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} must be positive, not {getattr(self, name)}")
 
@@ -95,7 +99,7 @@ def _flag(text: str) -> bool:
 
 # Variable -> (field, parser). The first two are the contract's; PS_MAX_BUCKET_SIZE_GB counts GiB as upstream does.
 VARIABLES = {
-    "PS_MAX_BUCKET_SIZE_GB": ("bucket_bytes", lambda s: int(float(s) * GIB)),
+    "PS_MAX_BUCKET_SIZE_GB": ("max_bucket_bytes", lambda s: int(float(s) * GIB)),
     "PS_MEM_FRACTION": ("mem_fraction", float),
     "CHECKPOINT_ENGINE_BUCKET_BYTES": ("bucket_bytes", int),
     "CHECKPOINT_ENGINE_RING_BYTES": ("ring_bytes", int),
@@ -105,6 +109,7 @@ VARIABLES = {
     "CHECKPOINT_ENGINE_ALLOWED_UIDS": ("allowed_uids", _uids),
     "CHECKPOINT_ENGINE_TIMEOUT": ("timeout", float),
     "CHECKPOINT_ENGINE_CONNECT_TIMEOUT": ("connect_timeout", float),
+    "CHECKPOINT_ENGINE_ATTACH_TIMEOUT": ("attach_timeout", float),
     "CHECKPOINT_ENGINE_JOIN_TIMEOUT": ("join_timeout", float),
     "CHECKPOINT_ENGINE_IO_THREADS": ("io_threads", int),
 }

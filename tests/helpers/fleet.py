@@ -22,9 +22,12 @@ from helpers.ranks import _context
 Handles = list[tuple[str, str]]
 
 
+LAST = -1
+
+
 @dataclasses.dataclass(frozen=True)
 class Orders:
-    """How a worker behaves in one update. Buckets count from 0; -1 is the last."""
+    """How a worker behaves in one update. Buckets count from 0; LAST is the one that completes `tensors`."""
 
     raise_in_bucket: int | None = None
     raise_in_post_hook: bool = False
@@ -45,8 +48,8 @@ class Model:
         self.state = WeightsState()
 
     def load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
-        bucket = len(self.calls)
         self.calls.append([name for name, _ in weights])
+        bucket = LAST if sum(map(len, self.calls)) == len(tensors(0)) else len(self.calls) - 1
         if bucket == self.orders.die_in_bucket:
             os.kill(os.getpid(), signal.SIGKILL)
         if bucket == self.orders.stop_in_bucket:

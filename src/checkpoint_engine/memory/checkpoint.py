@@ -15,7 +15,7 @@ import torch
 
 from checkpoint_engine.errors import CheckpointError, DuplicateTensorError
 from checkpoint_engine.manifest import RegionMeta, TensorMeta
-from checkpoint_engine.memory.digest import Digests, Span
+from checkpoint_engine.memory.digest import Block, Digests, Span
 from checkpoint_engine.memory.layout import RegionLayout, lay_out
 from checkpoint_engine.memory.pool import RegionPool
 from checkpoint_engine.memory.reader import ReadPlan
@@ -81,8 +81,8 @@ class _Part(NamedTuple):
     def spans(self) -> list[Span]:
         return [entry.span for entry in self.entries]
 
-    def meta(self) -> RegionMeta:
-        tensors = (TensorMeta(e.name, e.dtype, e.shape, e.span.offset, e.span.digest) for e in self.entries)
+    def meta(self, digests: Digests) -> RegionMeta:
+        tensors = (TensorMeta(e.name, e.dtype, e.shape, e.span.offset, digests.of(e.span)) for e in self.entries)
         return RegionMeta(self.region.nbytes, tuple(tensors))
 
 
@@ -122,7 +122,9 @@ def build(
     try:
         mapped = builder.map_files([file for file in parsed if inplace and _in_memory(file.path)], select)
         builder.fill(lay_out([file for file in parsed if not (inplace and _in_memory(file.path))], select), named, reuse)
-        checkpoint = HostCheckpoint(name, [p.region for p in builder.parts], [p.meta() for p in builder.parts], pool)
+        checkpoint = HostCheckpoint(
+            name, [p.region for p in builder.parts], [p.meta(builder.digests) for p in builder.parts], pool
+        )
     except BaseException:
         pool.undo(part.region for part in builder.parts)
         raise
@@ -213,8 +215,7 @@ class _Builder:
             self._do(own)
         if tensors:
             copies.finish()
-        empty = [entry.span for part in parts for entry in part.entries if entry.span.nbytes == 0]
-        do_all(self._digest(late + empty), (), self.threads, lambda nbytes: None)
+        do_all(self._digest(late), (), self.threads, lambda nbytes: None)
         for region, _ in parts:
             region.touched = True
             self.pool.ready(region)
@@ -231,19 +232,17 @@ class _Builder:
         do_all(self._shared, own, self.threads, report)
 
     def _digest(self, spans: Sequence[Span]) -> list[Work]:
-        """The work of making digests of bytes that are there."""
+        """The work of making digests of bytes that are there, all in one region."""
         if not self.digests.enabled:
             return []
-        batches: list[list[Span]] = []
-        size = CHUNK_BYTES
-        for span in spans:
-            if size >= CHUNK_BYTES:
-                batches.append([])
-                size = 0
-            batches[-1].append(span)
-            size += span.nbytes
-        return [Work(partial(self._make, batch), sum(span.nbytes for span in batch)) for batch in batches]
-
-    def _make(self, spans: Sequence[Span]) -> None:
-        for span in spans:
-            self.digests.make(span)
+        work: list[Work] = []
+        batch: list[Block] = []
+        size = 0
+        blocks = [block for span in spans for block in span.blocks]
+        for place, block in enumerate(blocks, start=1):
+            batch.append(block)
+            size += block.end - block.offset
+            if size >= CHUNK_BYTES or place == len(blocks):
+                work.append(Work(partial(self.digests.make, spans[0].region, batch), size))
+                batch, size = [], 0
+        return work

@@ -1,4 +1,8 @@
-"""The digest of a tensor's bytes, in one place so that it can be replaced as a whole."""
+"""The digest of a tensor's bytes, in one place so that it can be replaced as a whole.
+
+It is made of the digests of blocks, counted from the tensor's start. So the blocks of one tensor can be made in any order
+by any thread, each while its bytes are still in that core's cache, and the result depends on the bytes alone.
+"""
 
 from __future__ import annotations
 
@@ -9,45 +13,75 @@ import xxhash
 
 from checkpoint_engine.memory.region import HostRegion
 
+BLOCK_BYTES = 1 << 20
+
 
 def content_digest(data: memoryview | bytes) -> int:
-    """64 bits of `data`, never 0, which means that no digest was made. Lets other threads run meanwhile."""
-    return xxhash.xxh3_64_intdigest(data) or 1
+    """64 bits of `data`, a tensor's bytes; never 0, which means that no digest was made."""
+    return combine([block_digest(data[start : start + BLOCK_BYTES]) for start in range(0, len(data), BLOCK_BYTES)])
 
 
-class Span:
-    """`nbytes` bytes of `region` from `offset` on, which hold one tensor, and their digest once it is made."""
+def block_digest(data: memoryview | bytes) -> int:
+    """64 bits of one block. Lets other threads run meanwhile."""
+    return xxhash.xxh3_64_intdigest(data)
 
-    __slots__ = ("digest", "nbytes", "offset", "pending", "region")
 
-    def __init__(self, region: HostRegion, offset: int, nbytes: int) -> None:
-        self.region, self.offset, self.nbytes = region, offset, nbytes
+def combine(blocks: Sequence[int]) -> int:
+    """The digest of a tensor, from those of its blocks in order."""
+    if len(blocks) == 1:
+        return blocks[0] or 1
+    return xxhash.xxh3_64_intdigest(b"".join(block.to_bytes(8, "little") for block in blocks)) or 1
+
+
+class Block:
+    """Bytes [offset, end) of a region and their digest. pending: pieces of work that still have to bring some of them."""
+
+    __slots__ = ("digest", "end", "offset", "pending")
+
+    def __init__(self, offset: int, end: int) -> None:
+        self.offset, self.end = offset, end
         self.digest, self.pending = 0, 0
 
 
+class Span:
+    """`nbytes` bytes of `region` from `offset` on, which hold one tensor."""
+
+    __slots__ = ("blocks", "nbytes", "offset", "region")
+
+    def __init__(self, region: HostRegion, offset: int, nbytes: int) -> None:
+        self.region, self.offset, self.nbytes = region, offset, nbytes
+        end = offset + nbytes
+        self.blocks = [Block(start, min(start + BLOCK_BYTES, end)) for start in range(offset, end, BLOCK_BYTES)]
+
+    @property
+    def digest(self) -> int:
+        """Of all its blocks, once they are made."""
+        return combine([block.digest for block in self.blocks])
+
+
 class Digests:
-    """Makes each tensor's digest in the thread that brings its last bytes, while they are still in a cache."""
+    """Makes each block's digest in the thread that brings its last bytes."""
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
         self._lock = threading.Lock()
 
-    def expect(self, spans: Sequence[Span]) -> None:
-        """One more piece of work brings bytes of `spans`. All calls come before the first `arrived`."""
-        for span in spans:
-            span.pending += 1
+    def of(self, span: Span) -> int:
+        """0 when they are switched off."""
+        return span.digest if self.enabled else 0
 
-    def arrived(self, spans: Sequence[Span]) -> None:
-        """One of the announced pieces of work has brought its bytes."""
+    def arrived(self, region: HostRegion, blocks: Sequence[Block]) -> None:
+        """One of the `pending` pieces of work of these blocks has brought its bytes."""
         if not self.enabled:
             return
         with self._lock:
-            for span in spans:
-                span.pending -= 1
-            whole = [span for span in spans if span.pending == 0]
-        for span in whole:
-            self.make(span)
+            for block in blocks:
+                block.pending -= 1
+            whole = [block for block in blocks if block.pending == 0]
+        self.make(region, whole)
 
-    def make(self, span: Span) -> None:
+    def make(self, region: HostRegion, blocks: Sequence[Block]) -> None:
+        """Of blocks whose bytes are all there."""
         if self.enabled:
-            span.digest = content_digest(span.region.view(span.offset, span.nbytes))
+            for block in blocks:
+                block.digest = block_digest(region.view(block.offset, block.end - block.offset))

@@ -5,21 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from checkpoint_engine.errors import CheckpointError, FileFormatError
-from checkpoint_engine.memory.digest import Digests, Span
+from checkpoint_engine.memory.digest import Block, Digests, Span
 from checkpoint_engine.memory.layout import Extent
 from checkpoint_engine.memory.region import PAGE, HostRegion
 from checkpoint_engine.memory.work import CHUNK_BYTES, Work
 
-# New pages are taken and filled this many bytes at a time, so that the kernel's zeroes are still in a cache when they
-# are overwritten: a quarter less time than taking all pages first.
-FRESH_BYTES = 512 << 10
+# Cached bytes are brought this many at a time, so that a core still has in its cache what it touches next: the zeroes of
+# new pages when they are overwritten (a quarter less time than taking all pages first), the bytes when their digest is made.
+HOT_BYTES = 1 << 20
 
 
 class FileReader:
@@ -36,28 +36,31 @@ class FileReader:
         except OSError as e:
             raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
 
-    def read(self, region: HostRegion, extent: Extent) -> None:
-        """Bring the bytes of `extent` into `region`.
+    def read(self, region: HostRegion, extent: Extent, progress: Callable[[int], None] | None = None) -> None:
+        """Bring the bytes of `extent` into `region`. progress: called with the bytes that are there, all of them at last.
 
         Raises FileFormatError when the file ends too early, CheckpointError when reading fails.
         """
         try:
-            cached = self._read_cached(region, extent)
+            cached = self._read_cached(region, extent, progress)
             if cached < extent.nbytes:
                 if not region.touched:
                     region.touch(extent.region_offset + cached, extent.nbytes - cached)
                 with region.view(extent.region_offset, extent.nbytes) as view:
                     self._read_uncached(view, extent.file_offset, cached)
+                if progress is not None:
+                    progress(extent.nbytes)
         except OSError as e:
             raise CheckpointError(f"{self.path}: cannot be read: {e.strerror}") from e
 
-    def _read_cached(self, region: HostRegion, extent: Extent) -> int:
+    def _read_cached(self, region: HostRegion, extent: Extent, progress: Callable[[int], None] | None) -> int:
         """Read from the start what the page cache holds; returns how many bytes that was."""
         done, flags = 0, os.RWF_NOWAIT
         while done < extent.nbytes:
             size = extent.nbytes - done
+            if progress is not None or not region.touched:
+                size = min(size, HOT_BYTES)
             if not region.touched:
-                size = min(size, FRESH_BYTES)
                 region.touch(extent.region_offset + done, size)
             with region.view(extent.region_offset + done, size) as view:
                 try:
@@ -72,6 +75,8 @@ class FileReader:
             done += count
             if count == 0 or (flags and count < size):
                 break
+            if progress is not None:
+                progress(done)
         return done
 
     def _read_uncached(self, view: memoryview, offset: int, done: int) -> None:
@@ -133,11 +138,11 @@ class _Turn:
         self._lock = threading.Lock()
         self._reader: FileReader | None = None
 
-    def read(self, region: HostRegion, extent: Extent) -> None:
+    def read(self, region: HostRegion, extent: Extent, progress: Callable[[int], None] | None) -> None:
         with self._lock:
             reader = self._reader = self._reader or FileReader(self.path)
         try:
-            reader.read(region, extent)
+            reader.read(region, extent, progress)
         finally:
             with self._lock:
                 self.chunks -= 1
@@ -163,23 +168,32 @@ class ReadPlan:
 
     def add(self, region: HostRegion, extents: Sequence[Extent], spans: Sequence[Span]) -> None:
         """spans: of the tensors in the region, in order of offset; their digests are made as their bytes arrive."""
+        blocks = [block for span in spans for block in span.blocks]
         first = 0
         for chunk in (chunk for extent in extents for chunk in _chunks(extent)):
             end = chunk.region_offset + chunk.nbytes
-            while first < len(spans) and spans[first].offset + spans[first].nbytes <= chunk.region_offset:
+            while first < len(blocks) and blocks[first].end <= chunk.region_offset:
                 first += 1
             last = first
-            while last < len(spans) and spans[last].offset < end:
+            while last < len(blocks) and blocks[last].offset < end:
+                blocks[last].pending += 1
                 last += 1
-            brought = [span for span in spans[first:last] if span.nbytes]
-            self._digests.expect(brought)
             turn = self._turns.setdefault(chunk.file, _Turn(chunk.file))
             turn.chunks += 1
-            self.work.append(Work(partial(self._bring, turn, region, chunk, brought), chunk.nbytes))
+            self.work.append(Work(partial(self._bring, turn, region, chunk, blocks[first:last]), chunk.nbytes))
 
-    def _bring(self, turn: _Turn, region: HostRegion, chunk: Extent, brought: Sequence[Span]) -> None:
-        turn.read(region, chunk)
-        self._digests.arrived(brought)
+    def _bring(self, turn: _Turn, region: HostRegion, chunk: Extent, blocks: Sequence[Block]) -> None:
+        first = 0
+
+        def brought(nbytes: int) -> None:
+            nonlocal first
+            last, end = first, chunk.region_offset + nbytes
+            while last < len(blocks) and (blocks[last].end <= end or nbytes == chunk.nbytes):
+                last += 1
+            self._digests.arrived(region, blocks[first:last])
+            first = last
+
+        turn.read(region, chunk, brought if self._digests.enabled else None)
 
     def __enter__(self) -> Self:
         return self

@@ -6,12 +6,13 @@ import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from checkpoint_engine.errors import TensorError
 from checkpoint_engine.manifest import ITEMSIZE
-from checkpoint_engine.memory.digest import Digests, Span
+from checkpoint_engine.memory.digest import Block, Digests, Span
 from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.memory.work import CHUNK_BYTES, Work
 from checkpoint_engine.planning.order import layer_key
@@ -76,6 +77,13 @@ def plain_tensor(name: str, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+class _Piece(NamedTuple):
+    """What is copied at a time: the part of `tensor` that goes to the block."""
+
+    tensor: NamedTensor
+    block: Block
+
+
 class CopyPlan:
     """The work of copying tensors into one region.
 
@@ -91,40 +99,39 @@ class CopyPlan:
         self.late: list[Span] = []
         self._region, self._digests = region, digests
         self._devices: set[torch.device] = set()
-        batch: list[tuple[NamedTensor, int, int, Span]] = []
+        pieces: list[_Piece] = []
         for tensor, span in zip(tensors, spans, strict=True):
             if tensor.nbytes == 0:
                 continue
             value = tensor.value
             if value.device.type == "cpu" and value.is_contiguous() and not (value.is_conj() or value.is_neg()):
-                for start in range(0, tensor.nbytes, CHUNK_BYTES):
-                    batch.append((tensor, start, min(CHUNK_BYTES, tensor.nbytes - start), span))
+                pieces += [_Piece(tensor, block) for block in span.blocks]
             else:
                 self.own.append(Work(partial(self._convert, tensor), tensor.nbytes))
                 self.late.append(span)
                 if value.device.type != "cpu":
                     self._devices.add(value.device)
-        self._divide(batch)
+        self._divide(pieces)
 
-    def _divide(self, pieces: Iterable[tuple[NamedTensor, int, int, Span]]) -> None:
-        batch: list[tuple[NamedTensor, int, int, Span]] = []
+    def _divide(self, pieces: Iterable[_Piece]) -> None:
+        batch: list[_Piece] = []
         size = 0
         for piece in pieces:
-            self._digests.expect([piece[3]])
-            if batch and size + piece[2] > CHUNK_BYTES:
+            batch.append(piece)
+            size += piece.block.end - piece.block.offset
+            if size >= CHUNK_BYTES:
                 self.shared.append(Work(partial(self._move, batch), size))
                 batch, size = [], 0
-            batch.append(piece)
-            size += piece[2]
         if batch:
             self.shared.append(Work(partial(self._move, batch), size))
 
-    def _move(self, batch: Sequence[tuple[NamedTensor, int, int, Span]]) -> None:
+    def _move(self, batch: Sequence[_Piece]) -> None:
         base = self._region.tensor.data_ptr()
-        for tensor, start, nbytes, span in batch:
+        for tensor, block in batch:
+            source = tensor.value.data_ptr() + block.offset - tensor.offset
             # Not torch's copy_, which would start a team of threads for each of ours.
-            ctypes.memmove(base + tensor.offset + start, tensor.value.data_ptr() + start, nbytes)
-            self._digests.arrived([span])
+            ctypes.memmove(base + block.offset, source, block.end - block.offset)
+            self._digests.make(self._region, [block])
 
     def _convert(self, tensor: NamedTensor) -> None:
         value = tensor.value.resolve_conj().resolve_neg()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import datetime
 import os
+import queue
+import threading
+import time
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from checkpoint_engine.devices.base import Closing, Device
-from checkpoint_engine.errors import DeadlineError, SettingsError
+from checkpoint_engine.errors import DeadlineError, PeerLostError, SettingsError
 from checkpoint_engine.settings import Settings
-from checkpoint_engine.transport.collective import Collective
+from checkpoint_engine.transport.collective import Collective, join
 from checkpoint_engine.transport.links import LEADER, Links, local_address
 
 if TYPE_CHECKING:
@@ -79,17 +82,54 @@ class Fleet(Closing):
         return self._links
 
     def collective(self, device: Device, generation: int) -> Collective | None:
-        """Communicator number `generation`: all ranks must ask for the same one. None in a world of one."""
+        """Communicator number `generation`: all ranks must ask for the same one. None in a world of one.
+
+        Raises PeerLostError as soon as a rank is gone, DeadlineError when one does not come.
+        """
         if self.world_size == 1:
             return None
-        return Collective(
-            device.backend,
-            rank=self.rank,
-            world_size=self.world_size,
-            store=dist.PrefixStore(f"checkpoint-engine/collective/{generation}", self.store),  # type: ignore[attr-defined]
-            address=self.address,
-            seconds=self._settings.timeout,
-        )
+        made: queue.SimpleQueue[Collective | BaseException] = queue.SimpleQueue()
+        # Joining blocks inside a library. A thread of its own leaves this one free to hear who died.
+        threading.Thread(target=self._join, args=(device, generation, made), name="join", daemon=True).start()
+        deadline = time.monotonic() + self._settings.join_timeout + 1
+        while True:
+            try:
+                result = made.get(timeout=0.05)
+            except queue.Empty:
+                if time.monotonic() > deadline:
+                    raise DeadlineError("all ranks to join the communicator", self._settings.join_timeout) from None
+            else:
+                if isinstance(result, Collective):
+                    return result
+                self._blame(1.0)
+                raise result
+            self._blame(0.0)
+
+    def _join(self, device: Device, generation: int, made: queue.SimpleQueue[Collective | BaseException]) -> None:
+        try:
+            device.bind_thread()
+            store = dist.PrefixStore(f"checkpoint-engine/collective/{generation}", self.store)  # type: ignore[attr-defined]
+            made.put(
+                join(
+                    device,
+                    rank=self.rank,
+                    world_size=self.world_size,
+                    store=store,
+                    address=self.address,
+                    join_seconds=self._settings.join_timeout,
+                    seconds=self._settings.timeout,
+                )
+            )
+        except BaseException as e:  # raised again by whoever waits
+            made.put(e)
+
+    def _blame(self, seconds: float) -> None:
+        """Raises PeerLostError if some rank's link breaks within `seconds`: the cause of most other errors."""
+        deadline = time.monotonic() + seconds
+        while not (lost := self.links.lost) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for rank, reason in lost.items():
+            raise PeerLostError(f"the server of rank {rank}", reason)
 
     def init_default_group(self, backend: str, timeout: datetime.timedelta) -> None:
         """torch's default group, for callers that use it; no weights move on it."""

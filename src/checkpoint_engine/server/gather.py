@@ -11,8 +11,9 @@ from checkpoint_engine.devices.base import Device
 from checkpoint_engine.errors import AgreementError, CheckpointNotFoundError
 from checkpoint_engine.manifest import Manifest, RankManifest, RegionMeta, hex_digest
 from checkpoint_engine.planning.buckets import plan_broadcast
+from checkpoint_engine.planning.cost import CPU, H200
 from checkpoint_engine.planning.plan import Plan
-from checkpoint_engine.planning.sizes import default_sizes
+from checkpoint_engine.planning.sizes import default_sizes, preferred_bucket
 from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.settings import Settings
 
@@ -74,7 +75,7 @@ class Gatherer:
             self._last[0],
             self._device.free_bytes(),
             settings.mem_fraction,
-            settings.bucket_bytes,
+            self._bucket_bytes(),
             settings.ring_bytes,
         )
         payloads = self._exchange("gather_metas", msgspec.msgpack.encode(part))
@@ -83,6 +84,11 @@ class Gatherer:
             if other.checkpoint != parts[0].checkpoint:
                 raise AgreementError(f"rank {rank} gathers {other.checkpoint!r}, rank 0 {parts[0].checkpoint!r}")
         return parts
+
+    def _bucket_bytes(self) -> int | None:
+        if (limit := self._settings.max_bucket_bytes) is None or self._settings.bucket_bytes is not None:
+            return self._settings.bucket_bytes
+        return min(limit, preferred_bucket(self._device.name, self._fleet.world_size))
 
     def _exchange(self, what: str, payload: bytes) -> tuple[bytes, ...]:
         return self._fleet.links.exchange(what, payload, self._settings.join_timeout)
@@ -94,7 +100,13 @@ class Gatherer:
         manifest, (bucket_bytes, ring_bytes) = self._manifests[name], self._sizes[name]
         key = (manifest.layout_digest, bucket_bytes, ring_bytes)
         if key not in self._plans:
-            self._plans[key] = plan_broadcast(manifest, bucket_bytes=bucket_bytes, ring_bytes=ring_bytes)
+            self._plans[key] = plan_broadcast(
+                manifest,
+                bucket_bytes=bucket_bytes,
+                ring_bytes=ring_bytes,
+                rates=H200 if self._device.name == "cuda" else CPU,
+                staging=self._device.staging_slots,
+            )
             while len(self._plans) > KEPT_PLANS:
                 self._plans.popitem(last=False)
         return manifest, self._plans[key]

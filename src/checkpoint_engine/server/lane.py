@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from functools import partial
 
 import torch
 
@@ -13,6 +12,8 @@ from checkpoint_engine.planning.plan import Bucket, Piece, Plan
 from checkpoint_engine.transport.collective import Collective
 
 log = logging.getLogger(__name__)
+_quarantine: list[contextlib.ExitStack] = []
+"""Memory that an abandoned communicator may still write to: it stays allocated while this process lives."""
 
 
 class Lane(Closing):
@@ -28,13 +29,13 @@ class Lane(Closing):
         self.collective: Collective | None = None
         self.posted = 0
         self.damaged = False
-        with contextlib.ExitStack() as owned:
-            self.ring: Ring = owned.enter_context(device.allocate_ring(ring_bytes))
+        with contextlib.ExitStack() as memory:
+            self.ring: Ring = memory.enter_context(device.allocate_ring(ring_bytes))
             slots = device.staging_slots if world_size > 1 else 0
-            self.staging = [owned.enter_context(device.allocate(piece_bytes)).tensor for _ in range(slots)]
-            self.lifting = owned.enter_context(device.stream("lift"))
-            self.sharing = owned.enter_context(device.stream("share"))
-            self._owned = owned.pop_all()
+            self.staging = [memory.enter_context(device.allocate(piece_bytes)).tensor for _ in range(slots)]
+            self.lifting = device.stream("lift")
+            self.sharing = device.stream("share")
+            self._memory = memory.pop_all()
 
     def fits(self, plan: Plan) -> bool:
         return not self.damaged and self.ring_bytes == plan.ring_bytes and self.piece_bytes == plan.piece_bytes
@@ -55,14 +56,12 @@ class Lane(Closing):
         if lifted is not None:
             self.sharing.after(lifted)
         start = self.sharing.record()
-        if lifted is not None and slot is not None:
-            self.sharing.copy(view, slot[: piece.nbytes])
-        self._broadcast(view, piece.owner)
+        self._broadcast(view, None if slot is None else slot[: piece.nbytes], piece.owner)
         return start, self.sharing.record()
 
-    def _broadcast(self, view: torch.Tensor, owner: int) -> None:
+    def _broadcast(self, target: torch.Tensor, source: torch.Tensor | None, owner: int) -> None:
         if self.collective is not None:
-            self.sharing.call(partial(self.collective.broadcast, view, owner))
+            self.collective.broadcast(target, source, owner, self.sharing)
         self.posted += 1
 
     def level(self, plan: Plan, target: int, seconds: float) -> bool:
@@ -73,7 +72,7 @@ class Lane(Closing):
             while self.posted < target:
                 bucket, piece = stream[self.posted % len(stream)]
                 place = bucket.offset + piece.offset
-                self._broadcast(self.ring.tensor[place : place + piece.nbytes], piece.owner)
+                self._broadcast(self.ring.tensor[place : place + piece.nbytes], None, piece.owner)
             return self.sharing.record().wait(seconds)
         except Exception as e:  # whatever a broken communicator raises, it means one thing here
             log.warning("rank %d: the communicator could not be brought level: %s", self.rank, e)
@@ -88,5 +87,9 @@ class Lane(Closing):
     def close(self) -> None:
         if self.collective is not None:
             self.collective.close()
-        if not self.damaged:  # else late arrivals could write into memory that is somebody else's by then
-            self._owned.close()
+        self.lifting.close()
+        self.sharing.close()
+        if self.damaged:  # late arrivals could write into memory that is somebody else's by then
+            _quarantine.append(self._memory)
+        else:
+            self._memory.close()

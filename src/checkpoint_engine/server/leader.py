@@ -17,7 +17,7 @@ class Leader:
     one relay. A request that returned proves nothing; the update ends when all have returned, no pass runs and no worker
     waits."""
 
-    def __init__(self, number: int, world_size: int, settings: Settings) -> None:
+    def __init__(self, number: int, world_size: int, settings: Settings, now: float) -> None:
         self._number, self._everybody, self._settings = number, frozenset(range(world_size)), settings
         self._waiting: dict[int, int] = {}  # rank -> workers that wait there
         self._returned: set[int] = set()
@@ -26,7 +26,7 @@ class Leader:
         self._pass = 0
         self._state = "idle"  # -> "loading" -> "committing" -> "idle"
         self._grace_ends = math.inf
-        self._connect_by = math.inf
+        self._attach_by = now + settings.attach_timeout
 
     def hear(self, sender: int, message: object) -> None:
         """Raises ProtocolError for a message that fits no state."""
@@ -45,7 +45,7 @@ class Leader:
     @property
     def wake(self) -> float:
         """When to ask for orders again even if nothing was heard."""
-        return min(self._grace_ends, self._connect_by)
+        return min(self._grace_ends, self._attach_by)
 
     def orders(self, now: float) -> list[m.Begin | m.CommitPass | m.End]:
         """What to tell all ranks now, given what was heard."""
@@ -64,8 +64,6 @@ class Leader:
         if asking == self._everybody:
             return [self._begin(asking)]
         if self._pass == 0:
-            if self._returned == self._everybody and self._connect_by == math.inf:
-                self._connect_by = now + self._settings.connect_timeout
             return []
         if asking:
             # Workers of one engine ask within moments of each other: one pass serves them all.
@@ -80,16 +78,16 @@ class Leader:
         for rank in ranks:
             self._waiting[rank] -= 1
         self._pass += 1
-        self._state, self._grace_ends, self._connect_by = "loading", math.inf, math.inf
+        self._state, self._grace_ends, self._attach_by = "loading", math.inf, math.inf
         self._done.clear()
         return m.Begin(self._number, self._pass, tuple(sorted(ranks)))
 
     def overdue(self, now: float) -> tuple[int, str, DeadlineError] | None:
-        """(rank, stage, error) when a worker ought to have come by now."""
-        if now < self._connect_by:
+        """(rank, stage, error) when the first pass's workers ought to have come by now."""
+        if now < self._attach_by:
             return None
         missing = self._missing_workers()
-        error = DeadlineError(f"the workers of ranks {missing} to connect", self._settings.connect_timeout)
+        error = DeadlineError(f"the workers of ranks {missing} to connect", self._settings.attach_timeout)
         return missing[0], "attach", error
 
     def _missing_workers(self) -> list[int]:

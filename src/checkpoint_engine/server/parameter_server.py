@@ -28,6 +28,7 @@ from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.memory.registry import Registry
 from checkpoint_engine.memory.safetensors import parse_file
 from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.planning.sizes import preferred_bucket
 from checkpoint_engine.planning.stripe import stripe as stripe_tensors
 from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.gather import Gatherer
@@ -130,7 +131,7 @@ class ParameterServer:
             checkpoint_name,
             files=files,
             named_tensors=named_tensors,
-            select=_share(files or (), self._rank, self._world_size) if stripe else None,
+            select=self._share(files or ()) if stripe else None,
             use_shared_memory_pool=use_shared_memory_pool,
             use_inplace_pin_memory=use_inplace_pin_memory,
             progress=progress,
@@ -143,6 +144,12 @@ class ParameterServer:
         """
         self._registry.unregister(checkpoint_name, force=force)
         self._gatherer.forget(checkpoint_name)
+
+    def _share(self, files: Sequence[str | Path]) -> list[str]:
+        """This rank's part of every layer's tensors in `files`. Raises FileFormatError."""
+        tensors = [(t.name, t.nbytes) for file in files for t in parse_file(file).tensors]
+        run_bytes = self._settings.bucket_bytes or preferred_bucket(self._device.name, self._world_size)
+        return stripe_tensors(tensors, self._world_size, run_bytes)[self._rank]
 
     # --- what everybody holds ------------------------------------------------------------------------------------------
 
@@ -341,12 +348,6 @@ class ParameterServer:
 
     def _unregister_memory(self, region: Any) -> None:
         self._registered_memory.pop(id(region)).close()
-
-
-def _share(files: Sequence[str | Path], rank: int, world_size: int) -> list[str]:
-    """This rank's part of every layer's tensors in `files`. Raises FileFormatError."""
-    tensors = [(t.name, t.nbytes) for file in files for t in parse_file(file).tensors]
-    return stripe_tensors(tensors, world_size)[rank]
 
 
 def _place(rank: int | None, world_size: int | None, auto_pg: bool) -> tuple[int, int]:

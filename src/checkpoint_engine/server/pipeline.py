@@ -7,6 +7,7 @@ place in the ring. Within this process order is kept by streams and events; betw
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -45,7 +46,7 @@ class _Lifted(NamedTuple):
 
 class Pass:
     """worker: the channel of this rank's worker, or None on a rank that only relays. known: digests of the plans whose
-    tables the worker has. regions: this rank's regions, uint8, in manifest order."""
+    tables the worker has. deadline: of the update, on time.monotonic, `seconds` after its start. regions: this rank's regions, uint8, in manifest order."""
 
     def __init__(
         self,
@@ -55,11 +56,12 @@ class Pass:
         worker: WorkerChannel | None,
         known: tuple[str, ...],
         seconds: float,
+        deadline: float,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self._plan, self._lane, self._regions, self._worker, self._known = plan, lane, regions, worker, known
         self._progress = progress
-        self._seconds, self._deadline = seconds, time.monotonic() + seconds
+        self._seconds, self._deadline = seconds, deadline
         self._arrived: queue.SimpleQueue[tuple[int, Event | None] | None] = queue.SimpleQueue()
         self._state = threading.Condition()
         self._loaded = 0
@@ -177,11 +179,15 @@ class Pass:
                 self._set_loaded(index)
             else:
                 self.loads_sent += 1
-                worker.send(Load(index), seconds=self._remaining())
+                self._tell(worker, Load(index))
             if self._progress is not None:
                 self._progress(sum(i.nbytes for i in bucket.items))
         if worker is not None:
-            worker.send(Release(), seconds=self._remaining())
+            self._tell(worker, Release())
+
+    def _tell(self, worker: WorkerChannel, message: Load | Release) -> None:
+        with contextlib.suppress(PeerLostError):  # the collector reads why: the worker's own words, or its death
+            worker.send(message, seconds=self._remaining())
 
     def _attach(self, worker: WorkerChannel) -> None:
         handle, descriptors = self._lane.ring.share()

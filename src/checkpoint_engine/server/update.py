@@ -99,11 +99,10 @@ class UpdateRun:
         self._version, self._plan, self._lane, self._regions = version, plan, lane, regions
         self._links, self._settings, self._device, self._progress = links, settings, device, progress
         self._rank = links.rank
-        # The leader knows most about what is missing, so its deadline comes first.
-        self._seconds = settings.timeout + (0 if self._rank == LEADER else 1)
+        self._deadline = time.monotonic() + settings.timeout
         self._workers: collections.deque[WorkerCame] = collections.deque()
         self._asked = 0
-        self._leader = Leader(inbox.update, links.world_size, settings) if self._rank == LEADER else None
+        self._leader = Leader(inbox.update, links.world_size, settings, time.monotonic()) if self._rank == LEADER else None
         self._pass: Pass | None = None
         self._pass_thread: threading.Thread | None = None
         self._pass_worker: WorkerChannel | None = None
@@ -122,7 +121,8 @@ class UpdateRun:
         """Returns after the last pass has been committed on all ranks. Raises UpdateError, the same on all ranks."""
         self._request = threading.Thread(target=self._ask, args=(request, handles), name="request", daemon=True)
         self._request.start()
-        deadline = time.monotonic() + self._seconds
+        # A stage's own deadline names most, the leader's less, a member's least: in this order they come.
+        deadline = self._deadline + (0.5 if self._rank == LEADER else 1.0)
         try:
             while (end := self._step(deadline)) is None:
                 pass
@@ -138,15 +138,6 @@ class UpdateRun:
             raise
         finally:
             self._join_request()
-            self._turn_away()
-
-    def _turn_away(self) -> None:
-        """Workers that came when nobody was waiting for them any more."""
-        while (entry := self._inbox.get(0)) is not None:
-            if isinstance(entry[1], WorkerCame):
-                with contextlib.suppress(CheckpointEngineError):
-                    entry[1].channel.send(m.Abort("the update is over"), seconds=1.0)
-                entry[1].channel.close()
 
     def _ask(self, request: RequestFunction, handles: list[tuple[str, str]]) -> None:
         error: BaseException | None = None
@@ -157,8 +148,19 @@ class UpdateRun:
         self._put(RequestDone(error))
 
     def _join_request(self) -> None:
-        if self._request is not None:
-            self._request.join(1.0)  # an engine that hangs is its caller's to end
+        """Wait a moment for the request to return: an engine that hangs is its caller's to end."""
+        deadline = time.monotonic() + 1.0
+        while self._request is not None and self._request.is_alive() and time.monotonic() < deadline:
+            self._turn_away(0.02)
+        self._turn_away(0)
+
+    def _turn_away(self, seconds: float) -> None:
+        """Send off workers that came when nobody was waiting for them any more."""
+        while (entry := self._inbox.get(seconds)) is not None:
+            if isinstance(entry[1], WorkerCame):
+                with contextlib.suppress(CheckpointEngineError):
+                    entry[1].channel.send(m.Abort("the update is over"), seconds=1.0)
+                entry[1].channel.close()
 
     def _step(self, deadline: float) -> m.End | None:
         """Take one message or event. Returns the leader's End."""
@@ -178,7 +180,7 @@ class UpdateRun:
             raise _Fail(m.Failure(self._number, rank, self._host(), stage, str(error)), announced=False)
         if time.monotonic() >= deadline:
             waited_for = self._leader.waiting_for() if self._leader else f"rank {LEADER} to end the update"
-            raise self._fail("update", str(DeadlineError(waited_for, self._seconds)))
+            raise self._fail("update", str(DeadlineError(waited_for, self._settings.timeout)))
 
     def _handle(self, sender: int, event: object) -> m.End | None:
         match event:
@@ -257,6 +259,7 @@ class UpdateRun:
             self._pass_worker,
             worker.hello.plans if worker else (),
             self._settings.timeout,
+            self._deadline,
             self._progress if begin.pass_ == 1 else None,
         )
         self._pass_thread = threading.Thread(target=self._run_pass, args=(self._pass,), name="pass", daemon=True)

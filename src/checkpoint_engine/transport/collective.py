@@ -1,19 +1,18 @@
-"""Broadcasts among servers, on a communicator of their own: never on the caller's process group.
-
-Made once and kept. torch's back-end classes are used directly, so no default group is needed.
-"""
+"""Broadcasts among servers, on a communicator of their own: never on the caller's process group. Made once and kept."""
 
 from __future__ import annotations
 
 import datetime
 import threading
 import time
+from abc import abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine.devices.base import Closing
+from checkpoint_engine.devices.base import Closing, Device, Stream
 from checkpoint_engine.errors import DeadlineError, PeerLostError
 
 if TYPE_CHECKING:
@@ -24,52 +23,76 @@ SLICE = 0.1
 
 
 class Collective(Closing):
-    """Rank `rank`'s part of a communicator. After `abandon` it is good for nothing: make another."""
+    """One rank's part of a communicator. After `abandon` it is good for nothing: make another."""
 
-    def __init__(self, backend: str, *, rank: int, world_size: int, store: Store, address: str, seconds: float) -> None:
-        """store: a prefix that no other communicator used. address: of this rank's interface that the others reach.
+    @abstractmethod
+    def broadcast(self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream) -> None:
+        """Queue on `stream`: rank `root`'s `source` into every rank's `target`; both uint8, one-dimensional, of one length.
 
-        Raises DeadlineError when the others do not take part within `seconds`.
+        source: None on the other ranks, and on the root where `target` holds the bytes already. A broadcast that fails, or
+        does not end in time, fails the stream's later events; neither tensor may be used again then.
         """
-        self.rank, self.backend = rank, backend
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Give up on broadcasts that a dead rank holds up. Their memory may still be written by late arrivals: whoever
+        owns it must not use it again while this process lives."""
+
+
+def join(
+    device: Device, *, rank: int, world_size: int, store: Store, address: str, join_seconds: float, seconds: float
+) -> Collective:
+    """Make the communicator that fits `device`; all ranks must call it.
+
+    store         a prefix that no other communicator used
+    address       of this rank's interface that the others reach
+    join_seconds  for all ranks to come; seconds: for one broadcast
+
+    Raises DeadlineError when the others do not come in time.
+    """
+    if device.backend == "gloo":
+        return GlooCollective(rank, world_size, store, address, join_seconds, seconds)
+    from checkpoint_engine.transport.nccl import NcclCollective
+
+    return NcclCollective(device, rank, world_size, store, join_seconds, seconds)
+
+
+class GlooCollective(Collective):
+    """torch's gloo back end, used directly: no default group is needed, and no other group is touched."""
+
+    def __init__(self, rank: int, world_size: int, store: Store, address: str, join_seconds: float, seconds: float) -> None:
+        self.rank = rank
         self._abandoned = threading.Event()
         self._seconds = seconds
-        timeout = datetime.timedelta(seconds=seconds)
-        self._group: Any
+        options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        options._timeout = datetime.timedelta(seconds=join_seconds)
         try:
-            if backend == "gloo":
-                options = dist.ProcessGroupGloo._Options()
-                options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-                options._timeout = timeout
-                self._group = dist.ProcessGroupGloo(store, rank, world_size, options)
-            else:
-                options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-                options._timeout = timeout
-                self._group = dist.ProcessGroupNCCL(store, rank, world_size, options)
+            self._group: Any = dist.ProcessGroupGloo(store, rank, world_size, options)
         except RuntimeError as e:
-            raise DeadlineError(f"all {world_size} ranks to join the {backend} communicator ({e})", seconds) from e
+            reason = str(e).splitlines()[0]
+            raise DeadlineError(f"all {world_size} ranks to join the gloo communicator ({reason})", join_seconds) from e
 
-    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
-        """`tensor` (uint8, one-dimensional) of rank `source` into everybody's.
+    def broadcast(self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream) -> None:
+        if source is not None:
+            stream.copy(target, source)  # gloo broadcasts in place
+        stream.call(partial(self._broadcast, target, root))
 
-        On CUDA it is queued on the current stream. On a CPU it blocks; raises PeerLostError when the connection broke or
-        the communicator was abandoned, DeadlineError when it did not end in time. The tensor must not be re-used then.
-        """
+    def _broadcast(self, tensor: torch.Tensor, root: int) -> None:
+        """Blocks. Raises PeerLostError when the connection broke or the communicator was abandoned, DeadlineError."""
         options = dist.BroadcastOptions()
-        options.rootRank = source
+        options.rootRank = root
         options.rootTensor = 0
+        options.timeout = datetime.timedelta(seconds=self._seconds)
         if self._abandoned.is_set():
             raise PeerLostError("communicator", "abandoned after a failure")
         try:
             work = self._group.broadcast([tensor], options)
         except RuntimeError as e:
-            raise PeerLostError(f"a rank in the broadcast from rank {source}", str(e).splitlines()[0]) from e
-        if self.backend == "gloo":
-            self._wait(work, source)
-        else:
-            work.wait()  # orders the current stream behind it; the host goes on
+            raise PeerLostError(f"a rank in the broadcast from rank {root}", str(e).splitlines()[0]) from e
+        self._wait(work, root)
 
-    def _wait(self, work: dist.Work, source: int) -> None:
+    def _wait(self, work: Any, root: int) -> None:
         deadline = time.monotonic() + self._seconds
         while True:
             completed = work.is_completed()
@@ -78,19 +101,14 @@ class Collective(Closing):
                 return
             except RuntimeError as e:
                 if completed:  # else it is only this slice of the wait that is over
-                    raise PeerLostError(f"a rank in the broadcast from rank {source}", str(e).splitlines()[0]) from e
+                    raise PeerLostError(f"a rank in the broadcast from rank {root}", str(e).splitlines()[0]) from e
             if self._abandoned.is_set():
                 raise PeerLostError("communicator", "abandoned after a failure")
             if time.monotonic() > deadline:
-                raise DeadlineError(f"the broadcast from rank {source}", self._seconds)
+                raise DeadlineError(f"the broadcast from rank {root}", self._seconds)
 
     def abandon(self) -> None:
-        """Give up on broadcasts that a dead rank holds up. Their memory may still be written by late arrivals: whoever
-        owns it must not use it again while this process lives."""
         self._abandoned.set()
-        if self.backend == "nccl":
-            self._group.abort()
 
     def close(self) -> None:
-        if self.backend == "nccl" and not self._abandoned.is_set():
-            self._group.shutdown()
+        pass  # the group goes with the last reference

@@ -151,17 +151,22 @@ class Links(Closing):
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
+        for peer in self._channels:  # what came right behind an introduction is in the buffer already
+            self._drain(peer)
         while not self._closing:
             for key, _ in self._selector.select():
                 if key.data is None:
                     return
-                peer, channel = key.data, self._channels[key.data]
-                try:
-                    for message in channel.drain():
-                        self._dispatch(peer, message)
-                except CheckpointEngineError as e:
-                    self._selector.unregister(channel)
-                    self._lose(peer, str(e))
+                self._drain(key.data)
+
+    def _drain(self, peer: int) -> None:
+        channel = self._channels[peer]
+        try:
+            for message in channel.drain():
+                self._dispatch(peer, message)
+        except CheckpointEngineError as e:
+            self._selector.unregister(channel)
+            self._lose(peer, str(e))
 
     def _dispatch(self, peer: int, message: OverLink) -> None:
         with self._changed:

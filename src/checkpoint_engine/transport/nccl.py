@@ -1,0 +1,48 @@
+"""The collective on CUDA: our own communicator on the NCCL library that torch has loaded (reasons: docs/notes-cuda.md)."""
+
+from __future__ import annotations
+
+import datetime
+from typing import TYPE_CHECKING
+
+import torch
+
+from checkpoint_engine.devices.base import Device, Stream
+from checkpoint_engine.devices.cuda import CudaDevice, CudaStream
+from checkpoint_engine.devices.nccl import NcclCommunicator, unique_id
+from checkpoint_engine.errors import DeadlineError, DeviceError
+from checkpoint_engine.transport.collective import Collective
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+
+class NcclCollective(Collective):
+    """Broadcasts are queued on the caller's stream and never block the host after the first."""
+
+    def __init__(
+        self, device: Device, rank: int, world_size: int, store: Store, join_seconds: float, seconds: float
+    ) -> None:
+        if not isinstance(device, CudaDevice):
+            raise DeviceError("NCCL", 0, f"there is no NCCL on a device of kind {device.name}")
+        self._seconds = seconds
+        if rank == 0:
+            store.set("id", unique_id().hex())
+        try:
+            store.wait(["id"], datetime.timedelta(seconds=join_seconds))
+            token = bytes.fromhex(store.get("id").decode())
+        except RuntimeError as e:  # torch's store errors
+            raise DeadlineError(f"rank 0 to begin an NCCL communicator ({str(e).splitlines()[0]})", join_seconds) from e
+        self._communicator = NcclCommunicator(token, rank, world_size, device.index, timeout=join_seconds)
+
+    def broadcast(self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream) -> None:
+        if not isinstance(stream, CudaStream):
+            raise DeviceError("ncclBroadcast", 0, "needs a CUDA stream")
+        source = target if source is None else source
+        self._communicator.broadcast(target, source, root, stream.raw.cuda_stream, timeout=self._seconds)
+
+    def abandon(self) -> None:
+        self._communicator.abort()
+
+    def close(self) -> None:
+        self._communicator.close()
