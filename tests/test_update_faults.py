@@ -15,7 +15,8 @@ import torch
 from checkpoint_engine.errors import PeerLostError, UpdateError, UpdateInProgressError
 from checkpoint_engine.server import ParameterServer
 from checkpoint_engine.transport.channel import MAGIC, PREAMBLE
-from helpers.fleet import LAST, Handles, Orders, Worker, digests, request, server, share_of, tensors, workers
+from checkpoint_engine.transport.session import prepare_directory
+from helpers.fleet import LAST, Handles, Orders, Worker, digests, quick, request, server, share_of, tensors, workers
 from helpers.ranks import run_ranks, start_ranks
 
 KIB = 1 << 10
@@ -34,9 +35,9 @@ def _fail_then_heal(rank: int, world_size: int, crew: list[Worker], orders: Orde
         except UpdateError as e:
             error = e
         after_failure = crew[rank].state()
-        group = ps._lane.collective if ps._lane else None
+        group = ps._keeper.collective
         ps.update("c", request(crew[rank], rank), version="healed")
-        kept = ps._lane is not None and ps._lane.collective is group
+        kept = ps._keeper.collective is group
         return str(error), error and (error.rank, error.stage, error.dirty), after_failure, crew[rank].state(), kept
 
 
@@ -95,7 +96,7 @@ def _request_raises(rank: int, world_size: int, crew: list[Worker]) -> Any:
     with server(**SMALL) as ps:
         ps.register_checkpoint("c", named_tensors=share_of(tensors(1), rank, world_size))
         ps.gather_metas("c")
-        with pytest.raises(UpdateError, match="rank 1 .* stage request: ConnectionError: engine at http://nowhere: no answer"):
+        with pytest.raises(UpdateError, match=r"rank 1 .* stage request: ConnectionError: engine at http://nowhere: no answer"):
             ps.update("c", ask)
         assert crew[rank].state()[:2] == (None, False)
         ps.update("c", request(crew[rank], rank), version="healed")
@@ -158,11 +159,20 @@ def _server_dies(rank: int, world_size: int, crew: list[Worker], victim: int) ->
         return str(caught.value)
 
 
+def _sweep() -> None:
+    """What the killed server left behind goes when the next one comes."""
+    settings = quick()
+    assert list(settings.socket_dir.iterdir())
+    prepare_directory(settings)
+    assert not list(settings.socket_dir.iterdir())
+
+
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_server_is_killed(victim: int) -> None:
     with workers(3) as crew, start_ranks(_server_dies, 3, crew, victim, may_die=[victim]) as ranks:
         texts = ranks.results(20)
         states = [crew[r].state()[:2] for r in range(3) if r != victim]
+    _sweep()
     assert all(text is None if rank == victim else f"rank {victim}" in text for rank, text in enumerate(texts)), texts
     assert states == [(None, False)] * 2
 
@@ -186,6 +196,7 @@ def test_a_server_is_killed_in_mid_stream() -> None:
     with workers(3) as crew, start_ranks(_server_dies_in_mid_stream, 3, crew, may_die=[1]) as ranks:
         texts = ranks.results(30)
         states = [crew[r].state()[:2] for r in (0, 2)]
+    _sweep()
     assert "rank 1" in texts[0] and "rank 1" in texts[2], texts
     assert states == [(None, True)] * 2
 
@@ -208,7 +219,9 @@ def _two_at_once(rank: int, world_size: int, crew: list[Worker]) -> Any:
 
 def test_two_updates_at_once() -> None:
     with workers(2) as crew:
-        assert run_ranks(_two_at_once, 2, crew) == [([f"rank {r} is updating already; one update at a time"], False) for r in (0, 1)]
+        assert run_ranks(_two_at_once, 2, crew) == [
+            ([f"rank {r} is updating already; one update at a time"], False) for r in (0, 1)
+        ]
 
 
 def _unix(handle: str) -> socket.socket:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -98,7 +98,7 @@ def _flag(text: str) -> bool:
 
 
 # Variable -> (field, parser). The first two are the contract's; PS_MAX_BUCKET_SIZE_GB counts GiB as upstream does.
-VARIABLES = {
+VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "PS_MAX_BUCKET_SIZE_GB": ("max_bucket_bytes", lambda s: int(float(s) * GIB)),
     "PS_MEM_FRACTION": ("mem_fraction", float),
     "CHECKPOINT_ENGINE_BUCKET_BYTES": ("bucket_bytes", int),

@@ -97,7 +97,8 @@ class Stream(Closing):
 class Device(ABC):
     """One accelerator, as seen by one process."""
 
-    name: str
+    kind: str  # "cuda" or "cpu"
+    name: str  # of this one, for messages
     backend: str  # torch.distributed's name of the collective library
     staging_slots: int  # how many staging slots a lift wants; 0: lift straight into the ring
 

@@ -127,7 +127,7 @@ class _NotRegistered(Closing):
 
 
 class CpuDevice(Device):
-    name = "cpu"
+    kind = name = "cpu"
     backend = "gloo"
     staging_slots = 0
 

@@ -165,6 +165,7 @@ class RegisteredHost(Closing):
 class CudaDevice(Device):
     """Number `index` of the devices that this process sees."""
 
+    kind = "cuda"
     backend = "nccl"
     staging_slots = 2  # one being filled while the other is shared
 

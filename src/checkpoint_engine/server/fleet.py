@@ -15,7 +15,8 @@ from checkpoint_engine.devices.base import Closing, Device
 from checkpoint_engine.errors import DeadlineError, PeerLostError, SettingsError
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.collective import Collective, join
-from checkpoint_engine.transport.links import LEADER, Links, local_address
+from checkpoint_engine.transport.links import Links
+from checkpoint_engine.transport.meeting import LEADER, local_address
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store

@@ -58,7 +58,7 @@ class Gatherer:
             raise CheckpointNotFoundError(name, "on any rank")
         self._manifests[name] = manifest
         self._sizes[name] = default_sizes(
-            self._device.name,
+            self._device.kind,
             len(parts),
             min(p.free_bytes for p in parts),
             min(p.mem_fraction for p in parts),
@@ -88,7 +88,7 @@ class Gatherer:
     def _bucket_bytes(self) -> int | None:
         if (limit := self._settings.max_bucket_bytes) is None or self._settings.bucket_bytes is not None:
             return self._settings.bucket_bytes
-        return min(limit, preferred_bucket(self._device.name, self._fleet.world_size))
+        return min(limit, preferred_bucket(self._device.kind, self._fleet.world_size))
 
     def _exchange(self, what: str, payload: bytes) -> tuple[bytes, ...]:
         return self._fleet.links.exchange(what, payload, self._settings.join_timeout)
@@ -104,12 +104,16 @@ class Gatherer:
                 manifest,
                 bucket_bytes=bucket_bytes,
                 ring_bytes=ring_bytes,
-                rates=H200 if self._device.name == "cuda" else CPU,
+                rates=H200 if self._device.kind == "cuda" else CPU,
                 staging=self._device.staging_slots,
             )
             while len(self._plans) > KEPT_PLANS:
                 self._plans.popitem(last=False)
         return manifest, self._plans[key]
+
+    def ring_bytes(self, name: str) -> int:
+        """What the ring has when no tensor needs more; 0 when nothing was gathered."""
+        return self._sizes.get(name, (0, 0))[1]
 
     def current(self) -> Manifest:
         if self._current is None:

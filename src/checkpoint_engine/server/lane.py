@@ -19,8 +19,8 @@ _quarantine: list[contextlib.ExitStack] = []
 class Lane(Closing):
     """Owns device memory and streams for plans with up to `ring_bytes` of ring and `piece_bytes` of staging slot.
 
-    collective: None in a world of one. `posted` counts the broadcasts queued so far in this update: all ranks queue the
-    same ones in the same order, so after a failure they can be brought level.
+    collective: not owned; None in a world of one. posted: broadcasts queued so far in this update. All ranks queue the same
+    ones in the same order, so after a failure they can be brought level.
     """
 
     def __init__(self, device: Device, rank: int, ring_bytes: int, piece_bytes: int, world_size: int) -> None:
@@ -85,8 +85,6 @@ class Lane(Closing):
             self.collective.abandon()
 
     def close(self) -> None:
-        if self.collective is not None:
-            self.collective.close()
         self.lifting.close()
         self.sharing.close()
         if self.damaged:  # late arrivals could write into memory that is somebody else's by then

@@ -2,56 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import logging
-import os
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
 import torch
 import torch.distributed as dist
 
 from checkpoint_engine.devices import Device, get_device
-from checkpoint_engine.errors import (
-    AgreementError,
-    CheckpointEngineError,
-    SettingsError,
-    UpdateInProgressError,
-)
+from checkpoint_engine.engines.base import Engine, request_for_rank
+from checkpoint_engine.errors import SettingsError, UpdateInProgressError
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.memory.registry import Registry
 from checkpoint_engine.memory.safetensors import parse_file
-from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.planning.sizes import preferred_bucket
 from checkpoint_engine.planning.stripe import stripe as stripe_tensors
 from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.gather import Gatherer
-from checkpoint_engine.server.lane import Lane
-from checkpoint_engine.server.report import StageReport, UpdateReport, slowest
-from checkpoint_engine.server.update import RequestFunction, SessionFailed, UpdateRun, WorkerCame
+from checkpoint_engine.server.keeper import Keeper
+from checkpoint_engine.server.place import find_place, local_rank
+from checkpoint_engine.server.report import UpdateReport
+from checkpoint_engine.server.update import RequestFunction
+from checkpoint_engine.server.updater import Updater
 from checkpoint_engine.settings import Settings
-from checkpoint_engine.transport.session import SessionListener
 
-log = logging.getLogger(__name__)
-_UNSET: Any = object()
-
-
-class Offer(msgspec.Struct, frozen=True, array_like=True):
-    """What each rank brings to the start of an update. error: why this rank cannot take part."""
-
-    checkpoint: str
-    plan: str
-    version: str
-    device: str
-    handle: str
-    generation: int
-    error: str = ""
+PUSHED = "push"
+"""The name under which `push` registers."""
 
 
 class ParameterServer:
@@ -80,17 +59,17 @@ class ParameterServer:
         settings: Settings | None = None,
     ) -> None:
         self._settings = settings or Settings.from_environment(mem_fraction=mem_fraction)
-        self._rank, self._world_size = _place(rank, world_size, auto_pg)
+        self._rank, self._world_size = find_place(rank, world_size, auto_pg)
         self._auto_pg = auto_pg
         self._owns_default_group = False
-        self._device: Device = get_device(index=_local_rank(self._rank, gpu_count))
+        self._device: Device = get_device(index=local_rank(self._rank, gpu_count))
         self._device.bind_thread()
         self._fleet = Fleet(self._rank, self._world_size, self._settings, master_addr, master_port)
         self._registered_memory: dict[int, Any] = {}
         self._registry = Registry(self._settings, on_create=self._register_memory, on_destroy=self._unregister_memory)
         self._gatherer = Gatherer(self._fleet, self._device, self._settings)
-        self._lane: Lane | None = None
-        self._generation = 0
+        self._keeper = Keeper(self._fleet, self._device)
+        self._updater = Updater(self._fleet, self._device, self._keeper, self._gatherer, self._registry)
         self._updating = threading.Lock()
         self._p2p_store: object = None  # callers set it to None to switch peer-to-peer off
 
@@ -148,7 +127,7 @@ class ParameterServer:
     def _share(self, files: Sequence[str | Path]) -> list[str]:
         """This rank's part of every layer's tensors in `files`. Raises FileFormatError."""
         tensors = [(t.name, t.nbytes) for file in files for t in parse_file(file).tensors]
-        run_bytes = self._settings.bucket_bytes or preferred_bucket(self._device.name, self._world_size)
+        run_bytes = self._settings.bucket_bytes or preferred_bucket(self._device.kind, self._world_size)
         return stripe_tensors(tensors, self._world_size, run_bytes)[self._rank]
 
     # --- what everybody holds ------------------------------------------------------------------------------------------
@@ -189,7 +168,7 @@ class ParameterServer:
         checkpoint_name: str,
         req_func: RequestFunction,
         *,
-        timeout: datetime.timedelta = _UNSET,
+        timeout: datetime.timedelta | None = None,
         ranks: Sequence[int] | None = None,
         version: str | None = None,
         progress: Callable[[int], None] | None = None,
@@ -211,129 +190,40 @@ class ParameterServer:
         if not self._updating.acquire(blocking=False):
             raise UpdateInProgressError(f"rank {self._rank} is updating already; one update at a time")
         try:
-            settings = self._settings if timeout is _UNSET else self._settings.replace(timeout=timeout.total_seconds())
-            return self._update(checkpoint_name, req_func, settings, version, progress)
+            settings = self._settings if timeout is None else self._settings.replace(timeout=timeout.total_seconds())
+            return self._updater.update(checkpoint_name, req_func, settings, version, progress)
         finally:
-            self._updating.release()
-            if self._settings.free_after_update:
-                self._free()
             if self._auto_pg and self._owns_default_group and dist.is_initialized():
                 dist.destroy_process_group()
                 self._owns_default_group = False
+            self._updating.release()
 
-    def _update(
+    def push(
         self,
-        name: str,
-        req_func: RequestFunction,
-        settings: Settings,
-        version: str | None,
-        progress: Callable[[int], None] | None,
+        named_tensors: Mapping[str, torch.Tensor],
+        *,
+        engines: Sequence[Engine],
+        version: str | None = None,
+        timeout: datetime.timedelta | None = None,
     ) -> UpdateReport:
-        start = time.perf_counter()
-        links = self._fleet.links
-        number = links.next_round  # of the exchange below, so it is the same on all ranks
-        with contextlib.ExitStack() as stack:
-            inbox = stack.enter_context(links.inbox(number))
-            listener = stack.enter_context(
-                SessionListener(
-                    settings,
-                    self._rank,
-                    lambda channel, hello: inbox.put(self._rank, WorkerCame(channel, hello)),
-                    lambda error: inbox.put(self._rank, SessionFailed(error)),
-                )
-            )
-            plan, regions, offer = self._prepare(stack, name, version, listener.handle)
-            offers = self._exchange_offers(offer)
-            if plan is None:
-                raise AgreementError(offer.error)
-            lane = self._join_lane(max(o.generation for o in offers))
-            checked = self._device.uuid if self._device.name != "cpu" else None
-            run = UpdateRun(inbox, offers[0].version, plan, lane, regions, links, settings, checked, progress)
-            outcome = run.run(req_func, [(o.device, o.handle) for o in offers])
-        ranks = tuple({k: StageReport(s.nbytes, s.seconds) for k, s in stats.items()} for stats in outcome.stats)
-        return UpdateReport(
-            version=offers[0].version,
-            method="broadcast",
-            nbytes=plan.nbytes,
-            seconds=time.perf_counter() - start,
-            passes=outcome.passes,
-            stages=slowest(ranks),
-            ranks=ranks,
-        )
+        """Collective: this rank's tensors, together with the other ranks', into `engines`, in one call.
 
-    def _prepare(
-        self, stack: contextlib.ExitStack, name: str, version: str | None, handle: str
-    ) -> tuple[Plan | None, list[torch.Tensor], Offer]:
-        """Everything on this rank that can fail before the others need to know; a failure travels in the offer."""
-        uuid = self._device.uuid
-        try:
-            manifest, plan = self._gatherer.plan(name)
-            regions = []
-            if manifest.ranks[self._rank].regions:
-                checkpoint = stack.enter_context(self._registry.use(name))
-                if checkpoint.metas() != manifest.ranks[self._rank].regions:
-                    raise AgreementError(f"checkpoint {name!r} was registered anew after gather_metas: gather again")
-                regions = [r.tensor for r in checkpoint.regions]
-            self._prepare_lane(plan)
-            return plan, regions, Offer(name, plan.digest, version or manifest.version, uuid, handle, self._generation)
-        except CheckpointEngineError as e:
-            if self._world_size == 1:
-                raise
-            return None, [], Offer(name, "", version or "", uuid, handle, self._generation, f"{type(e).__name__}: {e}")
-
-    def _exchange_offers(self, mine: Offer) -> list[Offer]:
-        """Raises AgreementError naming the rank that cannot take part, or wants something else than rank 0."""
-        payloads = self._fleet.links.exchange("update", msgspec.msgpack.encode(mine), self._settings.join_timeout)
-        offers = [msgspec.msgpack.decode(p, type=Offer) for p in payloads]
-        for rank, offer in enumerate(offers):
-            if offer.error:
-                raise AgreementError(f"rank {rank} cannot take part in the update: {offer.error}")
-            for field in ("checkpoint", "plan"):
-                theirs, leaders = getattr(offer, field), getattr(offers[0], field)
-                if theirs != leaders:
-                    raise AgreementError(f"rank {rank} wants to update with {field} {theirs!r}, rank 0 with {leaders!r}")
-        return offers
-
-    def _prepare_lane(self, plan: Plan) -> None:
-        """Keep the lane if it fits; otherwise make another, with the old one's communicator if that is still good."""
-        old = self._lane
-        if old is not None and old.fits(plan):
-            return
-        collective = None
-        if old is not None:
-            if old.damaged:
-                self._generation += 1
-            else:
-                collective, old.collective = old.collective, None
-            old.close()
-        self._lane = None
-        self._lane = Lane(self._device, self._rank, plan.ring_bytes, plan.piece_bytes, self._world_size)
-        self._lane.collective = collective
-
-    def _join_lane(self, generation: int) -> Lane:
-        """A lane with the communicator that all ranks agreed on: a new one when any rank had to give the last one up."""
-        lane = self._lane
-        if lane is None:
-            raise AgreementError("no lane was prepared")
-        if generation > self._generation or lane.collective is None:
-            if lane.collective is not None:
-                lane.collective.close()
-            self._generation = generation
-            lane.collective = self._fleet.collective(self._device, generation)
-        return lane
-
-    def _free(self) -> None:
-        """Give ring, staging and communicator back. The next communicator has another number, on all ranks."""
-        if self._lane is not None:
-            self._lane.close()
-            self._lane = None
-            self._generation += 1
+        Engine i serves ranks [i*K, (i+1)*K), K = world size / number of engines. The memory of the last push is used again
+        when names and shapes are the same. Raises what register_checkpoint, gather_metas and update raise.
+        """
+        if PUSHED in self._registry:
+            self._registry.unregister(PUSHED)
+        self.register_checkpoint(PUSHED, named_tensors=named_tensors, use_shared_memory_pool=True)
+        self.gather_metas(PUSHED)
+        seconds = timeout.total_seconds() if timeout else self._settings.timeout
+        request = request_for_rank(engines, self._rank, self._world_size, version=version, seconds=seconds)
+        return self.update(PUSHED, request, timeout=timeout, version=version)
 
     # --- life ----------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Give everything back: device memory, checkpoints, links. The default group stays the caller's."""
-        self._free()
+        self._keeper.close()
         self._registry.close()
         self._fleet.close()
 
@@ -348,26 +238,3 @@ class ParameterServer:
 
     def _unregister_memory(self, region: Any) -> None:
         self._registered_memory.pop(id(region)).close()
-
-
-def _place(rank: int | None, world_size: int | None, auto_pg: bool) -> tuple[int, int]:
-    """rank=0 is a rank. Raises SettingsError naming the variable that is missing."""
-    if not auto_pg and dist.is_initialized():
-        rank = dist.get_rank() if rank is None else rank
-        world_size = dist.get_world_size() if world_size is None else world_size
-    values = {"RANK": rank, "WORLD_SIZE": world_size}
-    for variable, value in values.items():
-        if value is None:
-            text = os.environ.get(variable)
-            if text is None:
-                raise SettingsError(f"pass {variable.lower()}=, or set {variable} (torchrun does)")
-            try:
-                values[variable] = int(text)
-            except ValueError:
-                raise SettingsError(f"{variable}={text!r} is not a number") from None
-    return int(values["RANK"] or 0), int(values["WORLD_SIZE"] or 0)
-
-
-def _local_rank(rank: int, gpu_count: int | None) -> int:
-    count = gpu_count or (torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    return rank % count if count else int(os.environ.get("LOCAL_RANK", rank))

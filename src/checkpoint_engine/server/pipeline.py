@@ -45,8 +45,12 @@ class _Lifted(NamedTuple):
 
 
 class Pass:
-    """worker: the channel of this rank's worker, or None on a rank that only relays. known: digests of the plans whose
-    tables the worker has. deadline: of the update, on time.monotonic, `seconds` after its start. regions: this rank's regions, uint8, in manifest order."""
+    """worker    the channel of this rank's worker, or None on a rank that only relays
+    known     digests of the plans whose tables the worker has
+    regions   this rank's regions, uint8, in manifest order
+    deadline  of the update, on time.monotonic, `seconds` after its start
+    progress  called with the bytes of each bucket when it is complete on this rank
+    """
 
     def __init__(
         self,

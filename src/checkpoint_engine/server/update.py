@@ -19,13 +19,15 @@ import torch
 
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, ProtocolError, UpdateError
 from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.server.events import PassEnded, RequestDone, SessionFailed, WorkerCame
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.leader import Leader
 from checkpoint_engine.server.pipeline import Pass, PassError
 from checkpoint_engine.server.report import merge
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport import messages as m
-from checkpoint_engine.transport.links import LEADER, LEFT, Inbox, Links
+from checkpoint_engine.transport.links import LEFT, Inbox, Links
+from checkpoint_engine.transport.meeting import LEADER
 from checkpoint_engine.transport.session import WorkerChannel
 
 log = logging.getLogger(__name__)
@@ -35,36 +37,6 @@ CAUSE_SECONDS = 0.25
 """An engine's request fails because its worker did; the worker's own words, on their way here, say more."""
 
 RequestFunction = Callable[[list[tuple[str, str]]], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class WorkerCame:
-    """A worker connected and said Hello."""
-
-    channel: WorkerChannel
-    hello: m.Hello
-
-
-@dataclasses.dataclass(frozen=True)
-class RequestDone:
-    """req_func returned, or raised `error`."""
-
-    error: BaseException | None
-
-
-@dataclasses.dataclass(frozen=True)
-class PassEnded:
-    """The pass is ready to commit (stats), or failed (error)."""
-
-    stats: dict[str, m.StageStats] | None
-    error: CheckpointEngineError | None
-
-
-@dataclasses.dataclass(frozen=True)
-class SessionFailed:
-    """Someone connected to the session socket and did not behave."""
-
-    error: CheckpointEngineError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,4 +307,3 @@ class UpdateRun:
         if not complete or not self._lane.level(self._plan, max(posted.values()), max(0.1, deadline - time.monotonic())):
             log.warning("rank %d: giving up the communicator; the next update makes a new one", self._rank)
             self._lane.abandon()
-

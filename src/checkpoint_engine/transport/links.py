@@ -7,11 +7,8 @@ thread reads them all. The store only hands out addresses and the fleet's secret
 from __future__ import annotations
 
 import contextlib
-import datetime
-import hmac
 import logging
 import queue
-import secrets
 import selectors
 import socket
 import threading
@@ -22,23 +19,14 @@ from typing import TYPE_CHECKING
 from checkpoint_engine.devices.base import Closing
 from checkpoint_engine.errors import AgreementError, CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError
 from checkpoint_engine.settings import Settings
-from checkpoint_engine.transport.channel import Channel
+from checkpoint_engine.transport.meeting import LEADER, LinkChannel, meet
 from checkpoint_engine.transport.messages import Give, Given, Goodbye, Introduce, Lost, OverLink, Withdrawn
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 log = logging.getLogger(__name__)
-LEADER = 0
 LEFT = "it left in good order"
-LinkChannel = Channel[OverLink]
-
-
-def local_address(master_addr: str, port: int) -> str:
-    """The address of the interface by which this host reaches `master_addr`: where others reach this host."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((master_addr, port))  # sends nothing
-        return str(probe.getsockname()[0])
 
 
 class Inbox:
@@ -79,7 +67,7 @@ class Links(Closing):
         if world_size > 1:
             if store is None:
                 raise ProtocolError(f"a world of {world_size} ranks needs a store to meet at")
-            self._connect(store, address)
+            self._channels = meet(rank, world_size, store, address, settings)
         self._selector = selectors.DefaultSelector()
         self._wake, self._woken = socket.socketpair()
         self._selector.register(self._woken, selectors.EVENT_READ)
@@ -87,66 +75,6 @@ class Links(Closing):
             self._selector.register(channel, selectors.EVENT_READ, peer)
         self._thread = threading.Thread(target=self._read, name="links", daemon=True)
         self._thread.start()
-
-    def _connect(self, store: Store, address: str) -> None:
-        """Lower ranks listen, higher ranks connect: one link a pair."""
-        deadline = time.monotonic() + self._settings.join_timeout
-        if self.rank == LEADER:
-            store.set("secret", secrets.token_hex(16))
-        with socket.create_server((address, 0), backlog=self.world_size) as server:
-            store.set(f"link/{self.rank}", f"{address}:{server.getsockname()[1]}")
-            secret = self._look_up(store, "secret", LEADER, deadline)
-            try:
-                for peer in range(self.rank):
-                    host, _, port = self._look_up(store, f"link/{peer}", peer, deadline).decode().rpartition(":")
-                    self._channels[peer] = self._call(peer, (host, int(port)), secret, deadline)
-                while len(self._channels) < self.world_size - 1:
-                    self._accept(server, secret, deadline)
-            except BaseException:
-                for channel in self._channels.values():
-                    channel.close()
-                raise
-
-    def _look_up(self, store: Store, key: str, peer: int, deadline: float) -> bytes:
-        try:
-            store.wait([key], datetime.timedelta(seconds=max(0.1, deadline - time.monotonic())))
-            value: bytes = store.get(key)
-            return value
-        except RuntimeError as e:  # torch's store errors
-            raise DeadlineError(f"rank {peer} to join the fleet ({str(e).splitlines()[0]})", self._settings.join_timeout) from e
-
-    def _call(self, peer: int, address: tuple[str, int], secret: bytes, deadline: float) -> LinkChannel:
-        try:
-            sock = socket.create_connection(address, timeout=max(0.1, deadline - time.monotonic()))
-        except OSError as e:
-            raise PeerLostError(f"rank {peer} at {address[0]}:{address[1]}", str(e)) from e
-        channel: LinkChannel = Channel(sock, f"rank {peer}", OverLink, self._settings.connect_timeout)  # type: ignore[arg-type]
-        channel.send(Introduce(self.rank, secret), seconds=self._settings.connect_timeout)
-        return channel
-
-    def _accept(self, server: socket.socket, secret: bytes, deadline: float) -> None:
-        missing = sorted(set(range(self.rank + 1, self.world_size)) - set(self._channels))
-        server.settimeout(max(0.1, deadline - time.monotonic()))
-        try:
-            sock, address = server.accept()
-        except TimeoutError:
-            raise DeadlineError(f"ranks {missing} to join the fleet", self._settings.join_timeout) from None
-        seconds = self._settings.connect_timeout
-        try:
-            channel: LinkChannel = Channel(sock, f"a server at {address[0]}", OverLink, seconds)  # type: ignore[arg-type]
-        except CheckpointEngineError as e:  # a stranger must not keep the fleet from meeting
-            log.warning("turned away a connection to rank %d's link port: %s", self.rank, e)
-            return
-        try:
-            first = channel.receive(seconds=seconds, waiting_for="an introduction")
-            if not isinstance(first, Introduce) or not hmac.compare_digest(first.secret, secret) or first.rank not in missing:
-                raise ProtocolError("not a member of this fleet")
-        except CheckpointEngineError as e:
-            log.warning("turned away %s: %s", channel.peer, e)
-            channel.close()
-            return
-        channel.peer = f"rank {first.rank}"
-        self._channels[first.rank] = channel
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -270,7 +198,9 @@ class Links(Closing):
                 parts = self._given[number]
             for rank, part in parts.items():
                 if part.what != mine.what:
-                    raise AgreementError(f"rank {rank} is at {part.what}, rank {self.rank} at {mine.what}: call the same on all ranks")
+                    raise AgreementError(
+                        f"rank {rank} is at {part.what}, rank {self.rank} at {mine.what}: call the same on all ranks"
+                    )
         except CheckpointEngineError as e:
             self.tell(Withdrawn(number, str(e)), to_self=False)
             raise

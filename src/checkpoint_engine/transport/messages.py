@@ -218,5 +218,18 @@ class Lost(Message, frozen=True):
 
 
 OverLink = (
-    Introduce | Give | Given | Withdrawn | Waiting | Returned | Begin | PassDone | CommitPass | Settled | End | Failure | Stopped | Goodbye
+    Introduce
+    | Give
+    | Given
+    | Withdrawn
+    | Waiting
+    | Returned
+    | Begin
+    | PassDone
+    | CommitPass
+    | Settled
+    | End
+    | Failure
+    | Stopped
+    | Goodbye
 )

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 class NcclCollective(Collective):
     """Broadcasts are queued on the caller's stream and never block the host after the first."""
 
-    def __init__(
-        self, device: Device, rank: int, world_size: int, store: Store, join_seconds: float, seconds: float
-    ) -> None:
+    def __init__(self, device: Device, rank: int, world_size: int, store: Store, join_seconds: float, seconds: float) -> None:
         if not isinstance(device, CudaDevice):
             raise DeviceError("NCCL", 0, f"there is no NCCL on a device of kind {device.name}")
         self._seconds = seconds

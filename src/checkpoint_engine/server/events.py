@@ -1,0 +1,39 @@
+"""What an update's loop hears from this rank's own threads."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from checkpoint_engine.errors import CheckpointEngineError
+from checkpoint_engine.transport import messages as m
+from checkpoint_engine.transport.session import WorkerChannel
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerCame:
+    """A worker connected and said Hello."""
+
+    channel: WorkerChannel
+    hello: m.Hello
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestDone:
+    """req_func returned, or raised `error`."""
+
+    error: BaseException | None
+
+
+@dataclasses.dataclass(frozen=True)
+class PassEnded:
+    """The pass is ready to commit (stats), or failed (error)."""
+
+    stats: dict[str, m.StageStats] | None
+    error: CheckpointEngineError | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionFailed:
+    """Someone connected to the session socket and did not behave."""
+
+    error: CheckpointEngineError

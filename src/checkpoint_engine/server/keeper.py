@@ -1,0 +1,63 @@
+"""What outlives an update: the lane and the communicator, and when each is made anew."""
+
+from __future__ import annotations
+
+from checkpoint_engine.devices.base import Closing, Device
+from checkpoint_engine.errors import AgreementError
+from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.server.fleet import Fleet
+from checkpoint_engine.server.lane import Lane
+from checkpoint_engine.transport.collective import Collective
+
+
+class Keeper(Closing):
+    """generation: number of the communicator that this rank has or wants; the highest of all ranks is made."""
+
+    def __init__(self, fleet: Fleet, device: Device) -> None:
+        self._fleet, self._device = fleet, device
+        self._lane: Lane | None = None
+        self.collective: Collective | None = None
+        self.generation = 0
+
+    def prepare(self, plan: Plan) -> None:
+        """Have a lane of the plan's size. Raises ManifestError when there is no memory for it."""
+        lane = self._lane
+        if lane is not None and lane.damaged:
+            self.free()
+        elif lane is not None and not lane.fits(plan):
+            lane.close()
+            self._lane = None
+        if self._lane is None:
+            self._lane = Lane(self._device, self._fleet.rank, plan.ring_bytes, plan.piece_bytes, self._fleet.world_size)
+
+    def join(self, generation: int) -> Lane:
+        """The prepared lane with communicator number `generation`, on which all ranks agreed. Raises DeadlineError,
+        PeerLostError."""
+        if self._lane is None:
+            raise AgreementError("no lane was prepared")
+        if generation > self.generation or self.collective is None:
+            if self.collective is not None:
+                self.collective.close()
+                self.collective = None
+            self.generation = generation
+            self.collective = self._fleet.collective(self._device, generation)
+        self._lane.collective = self.collective
+        return self._lane
+
+    def trim(self, ring_bytes: int) -> None:
+        """Give a ring back that is larger than `ring_bytes`: one tensor needed it."""
+        if self._lane is not None and not self._lane.damaged and self._lane.ring_bytes > ring_bytes:
+            self._lane.close()
+            self._lane = None
+
+    def free(self) -> None:
+        """Give lane and communicator back. The next communicator has another number, on all ranks."""
+        if self._lane is not None:
+            self._lane.close()
+            self._lane = None
+        if self.collective is not None:
+            self.collective.close()
+            self.collective = None
+            self.generation += 1
+
+    close = free

@@ -1,0 +1,38 @@
+"""What each rank brings to the start of an update, and how all come to agree or learn who cannot take part."""
+
+from __future__ import annotations
+
+import msgspec
+
+from checkpoint_engine.errors import AgreementError
+from checkpoint_engine.transport.links import Links
+
+
+class Offer(msgspec.Struct, frozen=True, array_like=True):
+    """plan: its digest. generation: of the communicator that this rank has or wants. error: why it cannot take part."""
+
+    checkpoint: str
+    plan: str
+    version: str
+    device: str
+    handle: str
+    generation: int
+    error: str = ""
+
+
+def exchange_offers(links: Links, mine: Offer, seconds: float) -> list[Offer]:
+    """All ranks' offers, in rank order.
+
+    Raises AgreementError naming the rank that cannot take part, or wants something else than rank 0; PeerLostError,
+    DeadlineError.
+    """
+    payloads = links.exchange("update", msgspec.msgpack.encode(mine), seconds)
+    offers = [msgspec.msgpack.decode(p, type=Offer) for p in payloads]
+    for rank, offer in enumerate(offers):
+        if offer.error:
+            raise AgreementError(f"rank {rank} cannot take part in the update: {offer.error}")
+        for field in ("checkpoint", "plan"):
+            theirs, leaders = getattr(offer, field), getattr(offers[0], field)
+            if theirs != leaders:
+                raise AgreementError(f"rank {rank} wants to update with {field} {theirs!r}, rank 0 with {leaders!r}")
+    return offers
