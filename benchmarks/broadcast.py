@@ -41,7 +41,7 @@ RANKS = 2
 PIECE = 16 * MIB
 SECONDS = 300.0
 """Deadline of a whole run, beyond which something hangs."""
-Tensors = dict[str, torch.Tensor]
+Series = dict[str, list[float]]
 _context = multiprocessing.get_context("spawn")
 
 
@@ -59,13 +59,14 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """seconds: variant -> one entry per round. stages: stage -> seconds at work in each further update, on its busiest rank.
+    """seconds: variant -> one entry per round; cpu: the same, of all processes together. stages: stage -> seconds at work in each further update, on its busiest rank.
     memcpy: bytes/second of one thread while nothing else of ours runs."""
 
     nbytes: int
     tensors: int
-    seconds: dict[str, list[float]]
-    stages: dict[str, list[float]]
+    seconds: Series
+    cpu: Series
+    stages: Series
     memcpy: float
 
     def median(self, variant: str) -> float:
@@ -129,13 +130,14 @@ def _worker(pipe: Connection, task: Task, directory: str) -> None:
             parameters[name].copy_(tensor)
 
     while (handle := pipe.recv()) is not None:
+        cpu = time.process_time()
         try:
             update_weights_from_ipc(None, handle, 0, run=load, state=state)
-            pipe.send("")
+            pipe.send(time.process_time() - cpu)
         except Exception as e:
             pipe.send(f"{type(e).__name__}: {e}")
     wrong = [name for name, tensor in parameters.items() if not bool((tensor == _value(name)).all())]
-    pipe.send(f"{len(wrong)} tensors are wrong, {wrong[0]} first" if wrong else "")
+    pipe.send(f"{len(wrong)} tensors are wrong, {wrong[0]} first" if wrong else 0.0)
 
 
 def _value(name: str) -> float:
@@ -160,11 +162,12 @@ class Server:
         self.flat = host_memory(-(-sum(n for _, n in sizes) // PIECE) * PIECE)
 
     def timed(self, variant: str, work: Callable[[], object]) -> None:
-        """Tell when `work` began and ended, on the clock that all processes of a host share."""
+        """Tell when `work` began and ended, on the clock that all processes of a host share, and its CPU seconds."""
         dist.barrier()
-        start = time.perf_counter()
+        self.worker_cpu = 0.0
+        start, cpu = time.perf_counter(), time.process_time()
         work()
-        self.report.send((variant, start, time.perf_counter()))
+        self.report.send((variant, start, time.perf_counter(), time.process_time() - cpu + self.worker_cpu))
 
     def broadcast_tensors(self) -> None:
         for name in self.order:
@@ -175,9 +178,15 @@ class Server:
             dist.broadcast(self.flat[i * PIECE : (i + 1) * PIECE], i % RANKS)
 
     def request(self, handles: list[tuple[str, str]]) -> None:
-        self.worker.send(handles[self.rank][1])
-        if error := self.worker.recv():
-            raise RuntimeError(error)
+        self.worker_cpu = self.ask(handles[self.rank][1])
+
+    def ask(self, handle: str | None) -> float:
+        """Have the worker take an update, or (None) look at its parameters and end. Returns CPU seconds."""
+        self.worker.send(handle)
+        answer = self.worker.recv()
+        if isinstance(answer, str):
+            raise RuntimeError(f"the worker of rank {self.rank}: {answer}")
+        return float(answer)
 
     def update(self, ps: ParameterServer, name: str, variant: str) -> None:
         def work() -> None:
@@ -209,9 +218,7 @@ class Server:
             self.report.send(("memcpy", memcpy_rate(self.flat[:half], self.flat[half:], 0.5)))
         for port in self.task.ports:
             self.round(port)
-        self.worker.send(None)
-        if error := self.worker.recv():
-            raise RuntimeError(f"after {len(self.task.ports)} rounds: {error}")
+        self.ask(None)
 
 
 def _server(rank: int, task: Task, worker: Connection, report: Connection) -> None:
@@ -248,13 +255,14 @@ def measure(*, nbytes: int, layers: int = 40, rounds: int = 5, **changes: Any) -
             for end in (near, far, theirs):
                 end.close()
             reports.append(report)
-        seconds, stages, memcpy = _collect(reports)
+        seconds, cpu, stages, memcpy = _collect(reports)
     model = shapes(layers, nbytes)
-    return Result(_nbytes(model), len(model), seconds, stages, memcpy)
+    return Result(_nbytes(model), len(model), seconds, cpu, stages, memcpy)
 
 
-def _collect(reports: list[Connection]) -> tuple[dict[str, list[float]], dict[str, list[float]], float]:
-    times: list[dict[str, list[tuple[float, float]]]] = [{} for _ in reports]
+def _collect(reports: list[Connection]) -> tuple[Series, Series, Series, float]:
+    """Seconds, CPU seconds, busy seconds of stages, memcpy."""
+    times: list[dict[str, list[tuple[float, float, float]]]] = [{} for _ in reports]
     stages: dict[str, list[float]] = {}
     memcpy = 0.0
     running = dict(zip(reports, range(len(reports)), strict=True))
@@ -277,13 +285,15 @@ def _collect(reports: list[Connection]) -> tuple[dict[str, list[float]], dict[st
                 case ("stages of further", busy) if rank == 0:
                     for stage, value in busy.items():
                         stages.setdefault(stage, []).append(value)
-                case (variant, start, end):
-                    times[rank].setdefault(variant, []).append((start, end))
-    return {variant: _spans([t[variant] for t in times]) for variant in times[0]}, stages, memcpy
+                case (variant, start, end, used):
+                    times[rank].setdefault(variant, []).append((start, end, used))
+    seconds = {variant: _spans([t[variant] for t in times]) for variant in times[0]}
+    cpu = {variant: [sum(r[2] for r in same) for same in zip(*(t[variant] for t in times), strict=True)] for variant in times[0]}
+    return seconds, cpu, stages, memcpy
 
 
-def _spans(by_rank: list[list[tuple[float, float]]]) -> list[float]:
-    return [max(end for _, end in same) - min(start for start, _ in same) for same in zip(*by_rank, strict=True)]
+def _spans(by_rank: list[list[tuple[float, float, float]]]) -> list[float]:
+    return [max(r[1] for r in same) - min(r[0] for r in same) for same in zip(*by_rank, strict=True)]
 
 
 def _free_ports(count: int) -> list[int]:

@@ -71,7 +71,7 @@ class Pass:
         self._loaded = 0
         self._error: CheckpointEngineError | None = None
         self.loads_sent = 0
-        self._load_seconds = self._hook_seconds = 0.0
+        self._load_seconds = self._engine_seconds = self._hook_seconds = 0.0
         own = [(b, p) for b in plan.buckets for p in b.pieces if p.owner == lane.rank]
         self._own: list[tuple[Bucket, Piece]] = own
         self._lifts: list[_Lifted] = []
@@ -217,10 +217,11 @@ class Pass:
     def _collect(self) -> None:
         while True:
             match self._receive():
-                case Loaded(bucket=bucket, seconds=seconds):
+                case Loaded(bucket=bucket, seconds=seconds, inside=inside):
                     if bucket != self._loaded:
                         raise ProtocolError(f"the worker loaded bucket {bucket} when {self._loaded} was next")
                     self._load_seconds += seconds
+                    self._engine_seconds += inside
                     self._set_loaded(bucket)
                 case Ready(seconds=seconds):
                     if self._loaded != len(self._plan.buckets):
@@ -258,5 +259,6 @@ class Pass:
             stats["share"] = StageStats(plan.nbytes, sum(lane.sharing.busy(a, b) for a, b in self._share_times))
         if self._worker is not None:
             stats["load"] = StageStats(plan.nbytes, self._load_seconds)
+            stats["load_weights"] = StageStats(plan.nbytes, self._engine_seconds)
             stats["post_hook"] = StageStats(0, self._hook_seconds)
         return stats

@@ -26,7 +26,8 @@ class UpdateReport:
 
     nbytes   bytes of tensors that each replica's workers were shown
     seconds  from the call of `update` to its end, on this rank
-    stages   lift, share, load, post_hook: the rank that was longest at work in each
+    stages   lift, share, load (of it load_weights: the engine's own function), post_hook; of each the rank that was longest
+             at work in it
     ranks    the same per rank, in rank order
     passes   how often the stream ran (more than once with speculative decoding)
     """
@@ -42,6 +43,11 @@ class UpdateReport:
     @property
     def gb_per_s(self) -> float:
         return self.nbytes / self.seconds / 1e9
+
+    def __str__(self) -> str:
+        """One line: 10^9 bytes, seconds, GB/s, stage by stage."""
+        stages = ", ".join(f"{name} {s.seconds:.3f} s ({s.gb_per_s:.1f} GB/s)" for name, s in self.stages.items())
+        return f"{self.version}: {self.nbytes / 1e9:.3f} GB in {self.seconds:.3f} s ({self.gb_per_s:.1f} GB/s); at work: {stages}"
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON, rates included."""

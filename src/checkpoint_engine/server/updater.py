@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 
@@ -21,6 +22,8 @@ from checkpoint_engine.server.report import StageReport, UpdateReport, slowest
 from checkpoint_engine.server.update import RequestFunction, UpdateRun
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.session import SessionListener
+
+log = logging.getLogger(__name__)
 
 
 class Updater:
@@ -63,7 +66,7 @@ class Updater:
             outcome = run.run(req_func, [(o.device, o.handle) for o in offers])
         self._give_back(name, settings)
         ranks = tuple({k: StageReport(s.nbytes, s.seconds) for k, s in stats.items()} for stats in outcome.stats)
-        return UpdateReport(
+        report = UpdateReport(
             version=offers[0].version,
             method="broadcast",
             nbytes=plan.nbytes,
@@ -72,6 +75,8 @@ class Updater:
             stages=slowest(ranks),
             ranks=ranks,
         )
+        log.info("rank %d: %s", self._fleet.rank, report)
+        return report
 
     def _give_back(self, name: str, settings: Settings) -> None:
         """After a good update only: after a failure some worker may still have the ring mapped."""

@@ -29,10 +29,12 @@ class Hello(Message, frozen=True):
 
 
 class Loaded(Message, frozen=True):
-    """The bucket's tensors are in place and its bytes in the ring may be overwritten; `seconds` inside `run`."""
+    """The bucket's tensors are in place and its bytes in the ring may be overwritten. seconds: in all;
+    inside: of them, in the engine's own `run`."""
 
     bucket: int
     seconds: float
+    inside: float
 
 
 class Ready(Message, frozen=True):

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import zmq
 
-from checkpoint_engine.devices.base import Device, Mapping, get_device
+from checkpoint_engine.devices.base import Device, get_device
 from checkpoint_engine.errors import CheckpointEngineError, PeerLostError, ProtocolError, WorkerUpdateError
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.messages import (
@@ -30,6 +30,7 @@ from checkpoint_engine.transport.messages import (
 )
 from checkpoint_engine.transport.session import ServerChannel, connect
 from checkpoint_engine.worker.state import WeightsState, weights_state
+from checkpoint_engine.worker.views import Views
 
 LoadWeights = Callable[[list[tuple[str, torch.Tensor]]], None]
 Expected = TypeVar("Expected")
@@ -111,23 +112,26 @@ class _Session:
         except Exception as e:
             raise _Failure("attach", -1, e) from e
         with mapping:
+            views = Views(mapping.tensor)
             while isinstance(message := self._next("a bucket", Load, Release), Load):
                 if not 0 <= message.bucket < len(tables):
                     raise ProtocolError(f"the server sent bucket {message.bucket} of {len(tables)}")
-                self._load(message.bucket, tables[message.bucket], mapping)
+                self._load(message.bucket, tables[message.bucket], views)
 
-    def _load(self, bucket: int, table: Table, mapping: Mapping) -> None:
+    def _load(self, bucket: int, table: Table, views: Views) -> None:
         start = time.perf_counter()
         try:
-            weights = views(mapping.tensor[table.offset : table.offset + table.nbytes], table)
+            weights = views.of(table)
             self.state.soil()
             self.soiled = True
+            begun = time.perf_counter()
             self.run(weights)
+            inside = time.perf_counter() - begun
             # The bytes may be overwritten as soon as we say so: the engine's copies must be over, not just queued.
             self.device.synchronize()
         except Exception as e:
             raise _Failure("load", bucket, e) from e
-        self._send(Loaded(bucket, time.perf_counter() - start))
+        self._send(Loaded(bucket, time.perf_counter() - start, inside))
 
     def _finish(self) -> None:
         start = time.perf_counter()
@@ -170,11 +174,3 @@ def _remember(attach: Attach) -> tuple[Table, ...]:
     elif attach.plan not in _tables:
         raise ProtocolError("the server did not send the plan's tables, which this worker does not have")
     return _tables[attach.plan]
-
-
-def views(memory: torch.Tensor, table: Table) -> list[tuple[str, torch.Tensor]]:
-    """The bucket's tensors as views of its bytes (uint8, one-dimensional)."""
-    return [
-        (item.name, memory[item.offset : item.offset + item.nbytes].view(getattr(torch, item.dtype)).view(item.shape))
-        for item in table.items
-    ]
