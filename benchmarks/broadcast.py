@@ -59,8 +59,8 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """seconds: variant -> one entry per round; cpu: the same, of all processes together. stages: stage -> seconds at work in each further update, on its busiest rank.
-    memcpy: bytes/second of one thread while nothing else of ours runs."""
+    """seconds: variant -> one entry per round; cpu: the same, of all processes together. stages: stage -> seconds at work in
+    each further update, on its busiest rank. memcpy: bytes/second of one thread while nothing else of ours runs."""
 
     nbytes: int
     tensors: int
@@ -77,9 +77,16 @@ class Result:
         """Seconds of the better of both raw broadcasts, by round."""
         return [min(pair) for pair in zip(self.seconds["raw, tensors"], self.seconds["raw, pieces"], strict=True)]
 
-    def ratio(self, variant: str) -> float:
-        """Median over the rounds of raw seconds / the variant's: the part of the raw rate that it reaches."""
-        return statistics.median(r / s for r, s in zip(self.raw, self.seconds[variant], strict=True))
+    def ratio(self, variant: str, raw: str | None = None) -> float:
+        """Median over the rounds of raw seconds / the variant's: the part of the raw rate that it reaches.
+
+        raw: which raw broadcast; None: the better one.
+        """
+        base = self.raw if raw is None else self.seconds[raw]
+        return statistics.median(r / s for r, s in zip(base, self.seconds[variant], strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
 
 def shapes(layers: int, nbytes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -174,7 +181,7 @@ class Server:
             dist.broadcast(self.tensors[name], self.owner[name])
 
     def broadcast_pieces(self) -> None:
-        for i in range(0, self.flat.numel() // PIECE):
+        for i in range(self.flat.numel() // PIECE):
             dist.broadcast(self.flat[i * PIECE : (i + 1) * PIECE], i % RANKS)
 
     def request(self, handles: list[tuple[str, str]]) -> None:

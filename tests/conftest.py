@@ -51,13 +51,15 @@ def socket_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def _no_inherited_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test sees none of the variables that configure us, unless it sets them."""
+def _no_inherited_settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test sees none of the variables that configure us, unless it sets them; and no GPU, unless it is marked for one."""
     for name in list(os.environ):
         if name.startswith(("CHECKPOINT_ENGINE_", "PS_")) and name != "CHECKPOINT_ENGINE_SOCKET_DIR":
             monkeypatch.delenv(name)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setenv("CHECKPOINT_ENGINE_DEVICE", "cpu")
 
 
 @pytest.fixture

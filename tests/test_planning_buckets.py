@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from checkpoint_engine.errors import CheckpointNotFoundError, ManifestError, SettingsError
 from checkpoint_engine.manifest import ITEMSIZE, Manifest, RankManifest, RegionMeta, TensorMeta
-from checkpoint_engine.planning import ALIGNMENT, Bucket, Plan, default_sizes, plan_broadcast, together
+from checkpoint_engine.planning import ALIGNMENT, Bucket, Plan, Sizes, default_sizes, layer_of, plan_broadcast, together
 from checkpoint_engine.settings import MIB
 
 MLA = ("q_a_proj.weight", "q_a_proj.weight_scale_inv", "kv_a_proj_with_mqa.weight", "kv_a_proj_with_mqa.weight_scale_inv")
@@ -45,13 +45,22 @@ def manifests(draw: st.DrawFn) -> Manifest:
     )
 
 
-sizes = st.tuples(st.sampled_from([256, 512, 1000, 4096, 16384]), st.sampled_from([256, 2048, 5000, 40000]))
+sizes = st.tuples(
+    st.sampled_from([256, 512, 1000, 4096, 16384]),
+    st.sampled_from([256, 2048, 5000, 40000]),
+    st.sampled_from([None, 256, 700, 2048]),
+)
+Size = tuple[int, int, int | None]
+
+
+def planned(manifest: Manifest, size: Size) -> Plan:
+    return plan_broadcast(manifest, bucket_bytes=size[0], ring_bytes=size[1], piece_bytes=size[2])
 
 
 @settings(max_examples=200)
 @given(manifests(), sizes)
-def test_every_byte_comes_once_from_a_holder(manifest: Manifest, size: tuple[int, int]) -> None:
-    plan = plan_broadcast(manifest, bucket_bytes=size[0], ring_bytes=size[1])
+def test_every_byte_comes_once_from_a_holder(manifest: Manifest, size: Size) -> None:
+    plan = planned(manifest, size)
     held = {(r.rank, t.name): (i, t) for r in manifest.ranks for i, g in enumerate(r.regions) for t in g.tensors}
     metas = {t.name: t for _, t in held.values()}
     items = [item for bucket in plan.buckets for item in bucket.items]
@@ -81,12 +90,13 @@ def test_every_byte_comes_once_from_a_holder(manifest: Manifest, size: tuple[int
 
 @settings(max_examples=200)
 @given(manifests(), sizes)
-def test_sizes_and_pieces(manifest: Manifest, size: tuple[int, int]) -> None:
-    plan = plan_broadcast(manifest, bucket_bytes=size[0], ring_bytes=size[1])
-    assert plan.piece_bytes <= size[0]
+def test_sizes_and_pieces(manifest: Manifest, size: Size) -> None:
+    plan = planned(manifest, size)
+    assert plan.piece_bytes <= (size[2] or size[0])
+    assert plan.bucket_bytes <= size[0]
     for bucket in plan.buckets:
         full = [item for item in bucket.items if item.nbytes]
-        if bucket.nbytes > plan.piece_bytes:
+        if bucket.nbytes > plan.bucket_bytes:
             groups = {together(item.name) for item in full}
             assert len(full) == 1 or (len(groups) == 1 and None not in groups)
         assert bucket.nbytes == max((i.offset + i.nbytes for i in full), default=0)
@@ -101,9 +111,9 @@ def test_sizes_and_pieces(manifest: Manifest, size: tuple[int, int]) -> None:
         assert end == bucket.nbytes
         if len({p.owner for p in bucket.pieces}) > 1:
             assert len({together(item.name) for item in full}) == 1
-    groups = [{together(i.name) for i in b.items} - {None} for b in plan.buckets]
-    for a, b in itertools.combinations(groups, 2):
-        assert not a & b or all(not i.nbytes for bucket in plan.buckets for i in bucket.items if together(i.name) in a & b)
+    named = [{together(i.name) for i in b.items} - {None} for b in plan.buckets]
+    for one, two in itertools.combinations(named, 2):
+        assert not one & two or all(not i.nbytes for b in plan.buckets for i in b.items if together(i.name) in one & two)
 
 
 def overlapping(a: Bucket, b: Bucket) -> bool:
@@ -112,22 +122,80 @@ def overlapping(a: Bucket, b: Bucket) -> bool:
 
 @settings(max_examples=200)
 @given(manifests(), sizes)
-def test_ring_never_overwrites_what_is_not_loaded(manifest: Manifest, size: tuple[int, int]) -> None:
-    plan = plan_broadcast(manifest, bucket_bytes=size[0], ring_bytes=size[1])
-    for k, bucket in enumerate(plan.buckets):
+def test_the_stream_has_every_piece_once_and_buckets_as_they_are_complete(manifest: Manifest, size: Size) -> None:
+    plan = planned(manifest, size)
+    assert sorted(plan.stream) == [(k, n) for k, bucket in enumerate(plan.buckets) for n in range(len(bucket.pieces))]
+    for k in range(len(plan.buckets)):
+        numbers = [n for index, n in plan.stream if index == k]
+        assert numbers == sorted(numbers)
+    if plan.stream:
+        assert all(bucket.pieces for bucket in plan.buckets)
+        assert [k for k, n in plan.stream if n + 1 == len(plan.buckets[k].pieces)] == list(range(len(plan.buckets)))
+    else:
+        assert len(plan.buckets) == 1
+
+
+@settings(max_examples=200)
+@given(manifests(), sizes)
+def test_ring_never_overwrites_what_is_not_loaded(manifest: Manifest, size: Size) -> None:
+    plan = planned(manifest, size)
+    begun: list[Bucket] = []
+    for k, number in plan.stream:
+        bucket = plan.buckets[k]
+        if number == 0:
+            # Also a lift straight into the ring, which may be long before its turn in the stream, waits for `after` alone.
+            assert not any(overlapping(bucket, other) for other in begun if plan.buckets.index(other) > bucket.after)
+            begun.append(bucket)
+    ring = size[1] - size[1] % ALIGNMENT
+    for bucket in plan.buckets:
         assert bucket.offset % ALIGNMENT == 0
-        assert 0 <= bucket.offset <= plan.ring_bytes - bucket.nbytes
-        assert -1 <= bucket.after < k
-        assert not any(overlapping(bucket, live) for live in plan.buckets[bucket.after + 1 : k])
+        large = bucket.nbytes > plan.bucket_bytes
+        assert (ring if large else 0) <= bucket.offset <= (plan.ring_bytes if large else ring) - bucket.nbytes
     largest = max(b.nbytes for b in plan.buckets)
-    assert plan.ring_bytes <= max(size[1], largest + ALIGNMENT + size[0])
+    assert plan.ring_bytes <= ring + (2 * (largest + ALIGNMENT) if largest > plan.bucket_bytes else 0)
+
+
+@settings(max_examples=300)
+@given(manifests(), sizes, st.integers(0, 2))
+def test_no_piece_waits_for_one_behind_it(manifest: Manifest, size: Size, staging: int) -> None:
+    """All owners lift as far ahead as they can, and buckets are loaded only when a piece cannot go on without."""
+    plan = planned(manifest, size)
+    own: dict[int, list[tuple[int, int]]] = {}
+    for k, n in plan.stream:
+        own.setdefault(plan.buckets[k].pieces[n].owner, []).append((k, n))
+    lifted, shared = dict.fromkeys(own, 0), dict.fromkeys(own, 0)
+    complete = loaded = -1
+
+    def lift() -> None:
+        for owner, pieces in own.items():
+            while lifted[owner] < len(pieces):
+                if staging and lifted[owner] - shared[owner] >= staging:
+                    break
+                if not staging and plan.buckets[pieces[lifted[owner]][0]].after > loaded:
+                    break
+                lifted[owner] += 1
+
+    for k, n in plan.stream:
+        bucket = plan.buckets[k]
+        lift()
+        if bucket.after > loaded:
+            assert n == 0 and bucket.after <= complete, "waits for a bucket that is complete later"
+            loaded = bucket.after
+            lift()
+        owner = bucket.pieces[n].owner
+        assert lifted[owner] > shared[owner], "waits for a lift that waits for it"
+        assert own[owner][shared[owner]] == (k, n)
+        shared[owner] += 1
+        if n + 1 == len(bucket.pieces):
+            complete = k
+    assert complete == len(plan.buckets) - 1 or not plan.stream
 
 
 @given(manifests(), sizes)
-def test_plans_are_equal_everywhere_and_survive_the_wire(manifest: Manifest, size: tuple[int, int]) -> None:
-    plan = plan_broadcast(manifest, bucket_bytes=size[0], ring_bytes=size[1])
+def test_plans_are_equal_everywhere_and_survive_the_wire(manifest: Manifest, size: Size) -> None:
+    plan = planned(manifest, size)
     received = Manifest.from_json(manifest.to_json())
-    assert plan_broadcast(received, bucket_bytes=size[0], ring_bytes=size[1]).digest == plan.digest
+    assert planned(received, size).digest == plan.digest
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(plan), type=Plan) == plan
     assert msgspec.json.decode(msgspec.json.encode(plan), type=Plan) == plan
 
@@ -163,10 +231,40 @@ def test_neighbours_are_copied_in_one_go() -> None:
     assert [len(p.copies) for b in plan.buckets for p in b.pieces] == [1]
 
 
-def test_a_large_tensor_is_cut_and_raises_the_ring() -> None:
-    plan = plan_broadcast(holding([TensorMeta("embed", "uint8", (1000 * MIB,), 0)]), bucket_bytes=64 * MIB, ring_bytes=192 * MIB)
-    assert plan.ring_bytes == 1064 * MIB
-    assert len(plan.buckets[0].pieces) == 16
+def test_a_large_tensor_is_cut_and_lies_behind_the_ring() -> None:
+    tensors = [TensorMeta("embed", "uint8", (1000 * MIB,), 0), TensorMeta("head", "uint8", (900 * MIB,), 1000 * MIB)]
+    plan = plan_broadcast(holding(tensors), bucket_bytes=128 * MIB, ring_bytes=384 * MIB, piece_bytes=64 * MIB)
+    assert plan.ring_bytes == 1384 * MIB
+    assert [len(b.pieces) for b in plan.buckets] == [16, 15]
+    assert [(b.offset, b.after) for b in plan.buckets] == [(384 * MIB, -1), (384 * MIB, 0)]
+
+
+def test_all_owners_lift_beside_a_large_tensor() -> None:
+    embed = TensorMeta("embed", "uint8", (640 * MIB,), 0)
+    plan = plan_broadcast(holding([embed], row(8, range(20))), bucket_bytes=128 * MIB, ring_bytes=384 * MIB, piece_bytes=64 * MIB)
+    owners = [plan.buckets[k].pieces[n].owner for k, n in plan.stream]
+    assert plan.order == "layers"
+    assert all(owners[i : i + 4].count(0) == 2 for i in range(0, 20, 4))
+
+
+def test_layers_are_not_far_ahead_of_a_large_tensors_owner() -> None:
+    """Rank 0 brings the embedding, then half of every layer: rank 1 has so much more room, but waits for layer 0."""
+    halves = row(8, range(20))
+    mine = [TensorMeta("embed", "uint8", (6400 * MIB,), 0), *(t for t in halves if int(t.name[-2:]) < 4)]
+    theirs = [t for t in halves if int(t.name[-2:]) >= 4]
+    plan = plan_broadcast(holding(mine, theirs), bucket_bytes=128 * MIB, ring_bytes=384 * MIB, piece_bytes=64 * MIB)
+    names = [item.name for bucket in plan.buckets for item in bucket.items]
+    before = {layer_of(name) for name in names[: names.index("embed")]}
+    assert before == {f"layers.{n}" for n in range(4)}
+
+
+def test_large_tensors_of_several_owners_side_by_side() -> None:
+    """Every layer is a tensor larger than a bucket, on one rank and the other in turn."""
+    layers = [TensorMeta(f"layers.{n}.w", "uint8", (256 * MIB,), n * 256 * MIB) for n in range(20)]
+    plan = plan_broadcast(holding(layers[::2], layers[1::2]), bucket_bytes=128 * MIB, ring_bytes=384 * MIB, piece_bytes=64 * MIB)
+    assert plan.ring_bytes == (384 + 2 * 256) * MIB
+    owners = [plan.buckets[k].pieces[n].owner for k, n in plan.stream]
+    assert all(owners[i : i + 2].count(0) == 1 for i in range(0, len(owners), 2))
 
 
 def test_copies_of_a_checkpoint_are_balanced() -> None:
@@ -189,7 +287,8 @@ def test_a_small_group_on_several_owners_has_its_bucket_to_itself() -> None:
     names = ("a.weight", "kv_a_proj_with_mqa.weight", "q_a_proj.weight", "z.weight")
     tensors = [TensorMeta(f"layers.0.{name}", "uint8", (256,), 0) for name in names]
     plan = plan_broadcast(holding([tensors[0], tensors[1]], [tensors[2], tensors[3]]), bucket_bytes=4096, ring_bytes=8192)
-    assert [[i.name.split(".")[2] for i in b.items] for b in plan.buckets] == [["a"], ["kv_a_proj_with_mqa", "q_a_proj"], ["z"]]
+    found = sorted([i.name.split(".")[2] for i in b.items] for b in plan.buckets)
+    assert found == [["a"], ["kv_a_proj_with_mqa", "q_a_proj"], ["z"]]
 
 
 @pytest.mark.parametrize(
@@ -231,20 +330,21 @@ def test_only_empty_tensors() -> None:
 @pytest.mark.parametrize(
     ("device", "world", "free", "wanted"),
     [
-        ("cuda", 2, 10_000, (64, 192)),
-        ("cuda", 128, 10_000, (128, 384)),
-        ("cuda", 1024, 10_000, (256, 768)),
-        ("cuda", 8, 256, (64, 128)),  # 2 of staging
-        ("cuda", 8, 192, (64, 64)),
-        ("cuda", 8, 30, (10, 10)),
-        ("cuda", 1, 128, (64, 128)),
-        ("cpu", 4, 10_000, (16, 64)),
-        ("cpu", 4, 50, (16, 48)),
-        ("cpu", 4, 8, (8, 8)),
+        ("cuda", 2, 10_000, (128, 384, 64)),
+        ("cuda", 128, 10_000, (128, 384, 128)),
+        ("cuda", 1024, 10_000, (256, 768, 256)),
+        ("cuda", 8, 380, (84, 252, 64)),  # 2 pieces of staging
+        ("cuda", 8, 256, (64, 128, 64)),
+        ("cuda", 8, 192, (64, 64, 64)),
+        ("cuda", 8, 30, (10, 10, 10)),
+        ("cuda", 1, 128, (64, 128, 64)),
+        ("cpu", 4, 10_000, (16, 64, 16)),
+        ("cpu", 4, 50, (16, 48, 16)),
+        ("cpu", 4, 8, (8, 8, 8)),
     ],
 )
-def test_default_sizes(device: str, world: int, free: int, wanted: tuple[int, int]) -> None:
-    assert default_sizes(device, world, free * MIB, 1.0) == (wanted[0] * MIB, wanted[1] * MIB)
+def test_default_sizes(device: str, world: int, free: int, wanted: tuple[int, int, int]) -> None:
+    assert default_sizes(device, world, free * MIB, 1.0) == Sizes(*(size * MIB for size in wanted))
 
 
 @given(
@@ -254,11 +354,11 @@ def test_default_sizes(device: str, world: int, free: int, wanted: tuple[int, in
 def test_sizes_always_fit(device: str, world: int, free: int, part: float, bucket: int | None, ring: int | None) -> None:
     staging = 2 if device == "cuda" and world > 1 else 0
     try:
-        got_bucket, got_ring = default_sizes(device, world, free, part, bucket, ring)
+        got = default_sizes(device, world, free, part, bucket, ring)
     except ManifestError:
         assert int(free * part) < (staging + 1) * (4096 + ALIGNMENT)
         return
-    assert 4096 <= got_bucket <= got_ring
-    assert got_bucket <= (bucket or 1 << 62) and got_ring <= (ring or 1 << 62)
-    assert got_ring + staging * got_bucket <= free * part
-    assert got_bucket % ALIGNMENT == got_ring % ALIGNMENT == 0
+    assert 4096 <= got.piece_bytes <= got.bucket_bytes <= got.ring_bytes
+    assert got.bucket_bytes <= (bucket or 1 << 62) and got.ring_bytes <= (ring or 1 << 62)
+    assert got.ring_bytes + staging * got.piece_bytes <= free * part
+    assert got.piece_bytes % ALIGNMENT == got.bucket_bytes % ALIGNMENT == got.ring_bytes % ALIGNMENT == 0

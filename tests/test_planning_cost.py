@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from checkpoint_engine.manifest import Manifest, RankManifest, RegionMeta, TensorMeta
-from checkpoint_engine.planning import Plan, Rates, plan_broadcast, predict
+from checkpoint_engine.planning import Bucket, Item, Piece, Plan, Rates, predict
 
 K = 1024
 
 
 def plan(owners: list[int], ring: int) -> Plan:
-    """One tensor, and one bucket, per layer; layer i on owner owners[i]."""
-    world = max(owners) + 1
-    tensors: list[list[TensorMeta]] = [[] for _ in range(world)]
-    for layer, owner in enumerate(owners):
-        tensors[owner].append(TensorMeta(f"layers.{layer}.w", "uint8", (K,), len(tensors[owner]) * K))
-    ranks = tuple(RankManifest(r, "h", "cpu", (RegionMeta(len(t) * K, tuple(t)),)) for r, t in enumerate(tensors))
-    same = Rates(lift=1e30, share=1.0, load=1e30)  # share alone costs: both orders are equal, so "layers"
-    return plan_broadcast(Manifest("c", ranks), bucket_bytes=K, ring_bytes=ring * K, rates=same)
+    """Buckets of one tensor and one piece, in a ring of `ring` of them; bucket i comes from owner owners[i]."""
+    buckets = [
+        Bucket(i % ring * K, K, max(-1, i - ring), (Item(f"w{i}", "uint8", (K,), 0, K),), (Piece(owner, 0, K, ()),))
+        for i, owner in enumerate(owners)
+    ]
+    return Plan(ring * K, K, K, "layers", tuple(buckets), tuple((i, 0) for i in range(len(owners))))
 
 
 def test_stages_overlap() -> None:
@@ -58,6 +55,18 @@ def test_latencies() -> None:
     )  # fmt: skip
     assert predict(plan([0], 1), rates, 4).seconds == pytest.approx(1 + 2 + 9 + 4 + 5)
     assert predict(plan([0], 1), rates, 1).seconds == pytest.approx(1 + 4 + 5)  # alone there is nobody to share with
+
+
+def test_the_stream_decides_which_piece_is_next() -> None:
+    """Bucket 1 is large, of two pieces by owner 0; bucket 0 of owner 1 comes between them."""
+    large = Bucket(K, 2 * K, -1, (Item("e", "uint8", (2 * K,), 0, 2 * K),), tuple(Piece(0, at, K, ()) for at in (0, K)))
+    small = plan([1], 1).buckets[0]
+    rates = Rates(lift=K, share=1e30, load=K)
+    between = Plan(3 * K, K, K, "layers", (small, large), ((1, 0), (0, 0), (1, 1)))
+    assert predict(between, rates, 2).seconds == pytest.approx(2 + 2)
+    assert predict(between, rates, 2, staging=0).seconds == pytest.approx(2 + 2)
+    behind = Plan(3 * K, K, K, "layers", (large, small), ((0, 0), (0, 1), (1, 0)))
+    assert predict(behind, rates, 2).seconds == pytest.approx(2 + 2 + 1)
 
 
 def test_what_bounds_it() -> None:

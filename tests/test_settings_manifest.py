@@ -26,7 +26,7 @@ def test_the_environment_overlays_the_defaults_and_arguments_overlay_both() -> N
     assert Settings.from_environment({"CHECKPOINT_ENGINE_FREE_AFTER_UPDATE": "1"}).free_after_update
 
 
-@pytest.mark.parametrize("variable", [v for v in VARIABLES if v != "CHECKPOINT_ENGINE_SOCKET_DIR"])
+@pytest.mark.parametrize("variable", [v for v in VARIABLES if VARIABLES[v][1] not in (Path, str)])
 def test_a_value_that_cannot_be_used_names_its_variable(variable: str) -> None:
     with pytest.raises(SettingsError, match=variable):
         Settings.from_environment({variable: "much"})

@@ -23,6 +23,7 @@ def default_socket_dir() -> Path:
 class Settings:
     """Sizes in bytes, times in seconds.
 
+    device           "cuda" or "cpu"; None: cuda where there is one. The engine's process must see the same setting
     bucket_bytes     the unit of transfer; None: chosen from device and world size
     max_bucket_bytes no bucket that is chosen so gets larger
     ring_bytes       device memory shared with the worker; None: chosen from bucket_bytes
@@ -39,6 +40,7 @@ class Settings:
     io_threads       threads that read and copy into host memory
     """
 
+    device: str | None = None
     bucket_bytes: int | None = None
     max_bucket_bytes: int | None = None
     ring_bytes: int | None = None
@@ -101,6 +103,7 @@ def _flag(text: str) -> bool:
 VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "PS_MAX_BUCKET_SIZE_GB": ("max_bucket_bytes", lambda s: int(float(s) * GIB)),
     "PS_MEM_FRACTION": ("mem_fraction", float),
+    "CHECKPOINT_ENGINE_DEVICE": ("device", str),
     "CHECKPOINT_ENGINE_BUCKET_BYTES": ("bucket_bytes", int),
     "CHECKPOINT_ENGINE_RING_BYTES": ("ring_bytes", int),
     "CHECKPOINT_ENGINE_FREE_AFTER_UPDATE": ("free_after_update", _flag),

@@ -41,7 +41,8 @@ class Orders:
 class Model:
     """Keeps clones of what it is shown, and behaves as ordered."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: int) -> None:
+        self.device = device
         self.tensors: dict[str, torch.Tensor] = {}
         self.calls: list[list[str]] = []
         self.orders = Orders()
@@ -68,7 +69,8 @@ class Model:
         versions = []
         for _ in range(self.orders.passes):
             self.calls = []
-            versions.append(update_weights_from_ipc(None, handle, 0, run=self.load, post_hook=self.post_hook, state=self.state))
+            options = {"run": self.load, "post_hook": self.post_hook, "state": self.state}
+            versions.append(update_weights_from_ipc(None, handle, self.device, **options))
         return versions
 
     def digests(self) -> dict[str, str]:
@@ -77,13 +79,13 @@ class Model:
 
 def digest(tensor: torch.Tensor) -> str:
     """Of dtype, shape and bytes."""
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     return hex_digest(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + flat)
 
 
-def _worker(pipe: Connection, variables: dict[str, str]) -> None:
+def _worker(pipe: Connection, variables: dict[str, str], device: int) -> None:
     os.environ.update(variables)
-    model = Model()
+    model = Model(device)
     while True:
         command, *args = pipe.recv()
         try:
@@ -126,12 +128,12 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(count: int) -> Iterator[list[Worker]]:
-    """`count` worker processes, killed at the end."""
+def workers(count: int, devices: int | None = None) -> Iterator[list[Worker]]:
+    """`count` worker processes, killed at the end; on a GPU, spread over `devices` of them."""
     processes, pipes = [], []
-    for _ in range(count):
+    for number in range(count):
         mine, theirs = _context.Pipe()
-        process = _context.Process(target=_worker, args=(theirs, dict(os.environ)))
+        process = _context.Process(target=_worker, args=(theirs, dict(os.environ), number % (devices or count)))
         process.start()
         theirs.close()
         processes.append(process)

@@ -43,7 +43,13 @@ def inspect(
     manifest = striped(directory.resolve().name, [tensor for tensor, _ in held.values()], ranks)
     sizes = default_sizes(device, ranks, PLENTY, settings.mem_fraction, settings.bucket_bytes, settings.ring_bytes)
     rates = H200 if device is DeviceKind.cuda else CPU
-    plan = plan_broadcast(manifest, bucket_bytes=sizes[0], ring_bytes=sizes[1], rates=rates)
+    plan = plan_broadcast(
+        manifest,
+        bucket_bytes=sizes.bucket_bytes,
+        ring_bytes=sizes.ring_bytes,
+        piece_bytes=sizes.piece_bytes,
+        rates=rates,
+    )
     described = describe(manifest, plan, held, len(files))
     if json_output:
         print(json.dumps(described))
@@ -109,7 +115,7 @@ def describe(manifest: Manifest, plan: Plan, held: dict[str, tuple[FileTensor, P
         ],
         "order": plan.order,
         "ring_bytes": plan.ring_bytes,
-        "bucket_bytes": plan.piece_bytes,
+        "bucket_bytes": plan.bucket_bytes,
         "buckets": [
             {
                 "tensors": len(b.items),

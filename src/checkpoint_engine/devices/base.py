@@ -101,6 +101,7 @@ class Device(ABC):
     name: str  # of this one, for messages
     backend: str  # torch.distributed's name of the collective library
     staging_slots: int  # how many staging slots a lift wants; 0: lift straight into the ring
+    keeps_rings: bool  # whether a ring is worth keeping between updates: where its first touch is slow
 
     @property
     @abstractmethod
@@ -130,6 +131,10 @@ class Device(ABC):
 
     @abstractmethod
     def stream(self, name: str) -> Stream: ...
+
+    @abstractmethod
+    def mark(self) -> Event:
+        """An event behind all work that the calling thread queued on its current stream."""
 
     @abstractmethod
     def synchronize(self) -> None:

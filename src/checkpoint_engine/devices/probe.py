@@ -298,9 +298,5 @@ def copy_rate(stream: Stream, target: torch.Tensor, source: torch.Tensor, second
             return nbytes / busy
 
 
-def main(text: str) -> None:
-    _Rank(msgspec.json.decode(text.encode(), type=_Task)).run()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    _Rank(msgspec.json.decode(sys.argv[1].encode(), type=_Task)).run()

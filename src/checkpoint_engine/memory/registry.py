@@ -64,13 +64,7 @@ class Registry:
         use_shared_memory_pool: use regions kept from an earlier checkpoint of the same shape, and keep this one's when it
         is unregistered.
         """
-        entry = _Entry(use_shared_memory_pool)
-        with self._lock:
-            if self._closed:
-                raise CheckpointError("the registry is closed")
-            if name in self._entries:
-                raise CheckpointExistsError(name)
-            self._entries[name] = entry
+        entry = self._reserve(name, use_shared_memory_pool)
         try:
             checkpoint = build(
                 name,
@@ -96,6 +90,15 @@ class Registry:
             del self._entries[name]
         checkpoint.close()
         raise CheckpointError(f"the registry was closed while checkpoint {name!r} was registered")
+
+    def _reserve(self, name: str, shared: bool) -> _Entry:
+        with self._lock:
+            if self._closed:
+                raise CheckpointError("the registry is closed")
+            if name in self._entries:
+                raise CheckpointExistsError(name)
+            self._entries[name] = _Entry(shared)
+            return self._entries[name]
 
     def unregister(self, name: str, force: bool = False) -> None:
         """Forget a checkpoint. Its memory is given back, or kept if it was registered with use_shared_memory_pool.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.planning.plan import Bucket, Plan
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,8 +70,8 @@ def predict(plan: Plan, rates: Rates, world_size: int, *, staging: int = 2) -> P
     """Predict one pass of `plan` over `world_size` ranks, each of which loads every bucket.
 
     An owner lifts its pieces in the plan's order, at most `staging` of them ahead of their sharing (0: it lifts straight
-    into the ring, which must be free). Shares follow one another in the plan's order on all ranks, and each waits until
-    the ring is free. Buckets are loaded one after the other.
+    into the ring, which must be free). Shares follow one another in the order of `plan.stream` on all ranks, and each waits
+    until its place is free. Buckets are loaded one after the other, each when its last piece is shared.
     """
     lift_free: dict[int, float] = defaultdict(float)  # owner -> when its last lift ends
     lift_busy: dict[int, float] = defaultdict(float)
@@ -81,24 +81,32 @@ def predict(plan: Plan, rates: Rates, world_size: int, *, staging: int = 2) -> P
     hops = rates.hop_latency * (world_size - 1)
     staged = staging > 0 and world_size > 1
 
-    for bucket in plan.buckets:
-        ring_free = loaded[bucket.after] if bucket.after >= 0 else 0.0
-        for piece in bucket.pieces:
-            owner, slots = piece.owner, waiting[piece.owner]
-            may_lift = ring_free if not staged else slots.popleft() if len(slots) == staging else 0.0
-            seconds = rates.lift_latency + piece.nbytes / rates.lift
-            lift_busy[owner] += seconds
-            lift_free[owner] = max(lift_free[owner], may_lift) + seconds
-            seconds = rates.share_latency + hops + piece.nbytes / rates.share if world_size > 1 else 0.0
-            share_busy += seconds
-            share_free = max(share_free, lift_free[owner], ring_free) + seconds
-            if staged:
-                slots.append(share_free)
+    def load(bucket: Bucket) -> None:
+        nonlocal load_free, load_busy
         size = sum(item.nbytes for item in bucket.items)
         seconds = rates.load_latency + rates.load_per_tensor * len(bucket.items) + size / rates.load
         load_busy += seconds
         load_free = max(load_free, share_free) + seconds
         loaded.append(load_free)
+
+    for index, number in plan.stream:
+        bucket = plan.buckets[index]
+        piece = bucket.pieces[number]
+        owner, slots = piece.owner, waiting[piece.owner]
+        ring_free = loaded[bucket.after] if bucket.after >= 0 else 0.0
+        may_lift = ring_free if not staged else slots.popleft() if len(slots) == staging else 0.0
+        seconds = rates.lift_latency + piece.nbytes / rates.lift
+        lift_busy[owner] += seconds
+        lift_free[owner] = max(lift_free[owner], may_lift) + seconds
+        seconds = rates.share_latency + hops + piece.nbytes / rates.share if world_size > 1 else 0.0
+        share_busy += seconds
+        share_free = max(share_free, lift_free[owner], ring_free) + seconds
+        if staged:
+            slots.append(share_free)
+        if number + 1 == len(bucket.pieces):
+            load(bucket)
+    for bucket in plan.buckets[len(loaded) :]:  # without pieces
+        load(bucket)
 
     busy = {"lift": max(lift_busy.values(), default=0.0), "share": share_busy, "load": load_busy}
     busiest = max(busy, key=lambda stage: busy[stage])

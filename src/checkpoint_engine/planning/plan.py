@@ -43,7 +43,7 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
 class Bucket(msgspec.Struct, frozen=True, array_like=True):
     """A run of whole tensors that is loaded together.
 
-    offset  where it starts in the ring, bytes
+    offset  where it starts in the shared memory, bytes
     after   index of the last bucket that must have been loaded everywhere before these bytes may be overwritten; -1: none
     pieces  cover it in order, except for alignment gaps
     """
@@ -58,15 +58,23 @@ class Bucket(msgspec.Struct, frozen=True, array_like=True):
 class Plan(msgspec.Struct, frozen=True, dict=True):
     """The stream of one pass.
 
-    ring_bytes   size of the ring that server and worker share
-    piece_bytes  no piece is larger: the size of a staging slot
-    order        "layers" or "owners": see planning.buckets
+    ring_bytes    size of the memory that server and worker share: the ring and an area for large buckets behind it
+    bucket_bytes  a larger bucket is a large one, and lies in the area; all others lie in the ring
+    piece_bytes   no piece is larger: the size of a staging slot
+    order         "layers" or "owners": see planning.buckets
+    buckets       in the order in which they are complete, and are loaded
+    stream        every piece once, as (bucket, number within its bucket), in the order in which pieces are shared. Pieces of
+                  one bucket come in order, but other owners' may come between them. When the first piece of a bucket is
+                  due, all buckets up to its `after` are complete. A plan that has a bucket without pieces
+                  has no other, and an empty stream.
     """
 
     ring_bytes: int
+    bucket_bytes: int
     piece_bytes: int
     order: str
     buckets: tuple[Bucket, ...]
+    stream: tuple[tuple[int, int], ...]
 
     @cached_property
     def nbytes(self) -> int:

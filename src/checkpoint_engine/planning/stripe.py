@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from checkpoint_engine.errors import SettingsError
 from checkpoint_engine.planning.order import layer_key, layer_of, together
-from checkpoint_engine.planning.sizes import preferred_bucket
+from checkpoint_engine.planning.sizes import preferred_piece
 
 
 def stripe(tensors: Sequence[tuple[str, int]], world_size: int, run_bytes: int | None = None) -> list[list[str]]:
@@ -14,17 +14,17 @@ def stripe(tensors: Sequence[tuple[str, int]], world_size: int, run_bytes: int |
 
     Returns the names of each rank, in file order; every tensor once, tensors that load together on one rank.
 
-    The model, in the order in which it travels, is cut into runs of at most `run_bytes` (None: what a bucket has on a GPU;
+    The model, in the order in which it travels, is cut into runs of at most `run_bytes` (None: what a piece has on a GPU;
     a larger tensor is a run) and these are dealt out in turn. Any stretch of the model of `world_size` runs is then
-    spread over all ranks, and a run is a bucket: neighbouring buckets have different owners, and none reaches far ahead.
-    A layer larger than that stretch is shared evenly by all ranks. Cutting every layer, however small, into `world_size`
-    parts would fill a bucket with crumbs of many layers, and leave as many modules half loaded.
+    spread over all ranks, and a run is a bucket, or half of one: neighbouring buckets have different owners, and none
+    reaches far ahead. A layer larger than that stretch is shared evenly by all ranks. Cutting every layer, however small,
+    into `world_size` parts would fill a bucket with crumbs of many layers, and leave as many modules half loaded.
 
     Whole tensors make shares uneven: one rank alone takes the embedding. It gets less of the rest, all along.
 
     Raises SettingsError when `world_size` or `run_bytes` is not positive.
     """
-    run_bytes = preferred_bucket("cuda", world_size) if run_bytes is None else run_bytes
+    run_bytes = preferred_piece("cuda", world_size) if run_bytes is None else run_bytes
     if world_size < 1 or run_bytes < 1:
         raise SettingsError(f"world size and run size must be at least 1, not {world_size} and {run_bytes}")
     units: dict[str | int, list[int]] = {}  # the places in `tensors` of what stays on one rank

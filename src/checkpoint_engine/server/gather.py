@@ -13,7 +13,7 @@ from checkpoint_engine.manifest import Manifest, RankManifest, RegionMeta, hex_d
 from checkpoint_engine.planning.buckets import plan_broadcast
 from checkpoint_engine.planning.cost import CPU, H200
 from checkpoint_engine.planning.plan import Plan
-from checkpoint_engine.planning.sizes import default_sizes, preferred_bucket
+from checkpoint_engine.planning.sizes import Sizes, default_sizes, preferred_bucket
 from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.settings import Settings
 
@@ -38,10 +38,10 @@ class Gatherer:
     def __init__(self, fleet: Fleet, device: Device, settings: Settings) -> None:
         self._fleet, self._device, self._settings = fleet, device, settings
         self._manifests: dict[str, Manifest] = {}
-        self._sizes: dict[str, tuple[int, int]] = {}
+        self._sizes: dict[str, Sizes] = {}
         self._current: str | None = None
         self._last: tuple[str, tuple[RankManifest, ...]] = ("", ())
-        self._plans: OrderedDict[tuple[str, int, int], Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[str, Sizes], Plan] = OrderedDict()
 
     def gather(self, name: str, regions: tuple[RegionMeta, ...]) -> None:
         mine = RankManifest(self._fleet.rank, socket.gethostname(), self._device.uuid, regions)
@@ -97,13 +97,14 @@ class Gatherer:
         """The same on all ranks. Raises CheckpointNotFoundError before `gather`."""
         if name not in self._manifests:
             raise CheckpointNotFoundError(name, "in what gather_metas agreed on: call gather_metas first")
-        manifest, (bucket_bytes, ring_bytes) = self._manifests[name], self._sizes[name]
-        key = (manifest.layout_digest, bucket_bytes, ring_bytes)
+        manifest, sizes = self._manifests[name], self._sizes[name]
+        key = (manifest.layout_digest, sizes)
         if key not in self._plans:
             self._plans[key] = plan_broadcast(
                 manifest,
-                bucket_bytes=bucket_bytes,
-                ring_bytes=ring_bytes,
+                bucket_bytes=sizes.bucket_bytes,
+                ring_bytes=sizes.ring_bytes,
+                piece_bytes=sizes.piece_bytes,
                 rates=H200 if self._device.kind == "cuda" else CPU,
                 staging=self._device.staging_slots,
             )
@@ -113,7 +114,7 @@ class Gatherer:
 
     def ring_bytes(self, name: str) -> int:
         """What the ring has when no tensor needs more; 0 when nothing was gathered."""
-        return self._sizes.get(name, (0, 0))[1]
+        return self._sizes[name].ring_bytes if name in self._sizes else 0
 
     def current(self) -> Manifest:
         if self._current is None:

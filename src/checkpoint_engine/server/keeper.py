@@ -44,10 +44,11 @@ class Keeper(Closing):
         self._lane.collective = self.collective
         return self._lane
 
-    def trim(self, ring_bytes: int) -> None:
-        """Give a ring back that is larger than `ring_bytes`: one tensor needed it."""
-        if self._lane is not None and not self._lane.damaged and self._lane.ring_bytes > ring_bytes:
-            self._lane.close()
+    def settle(self, ring_bytes: int) -> None:
+        """After a good update: give back what is not worth keeping. `ring_bytes`: of a ring that no tensor enlarged."""
+        lane = self._lane
+        if lane is not None and not (self._device.keeps_rings and lane.ring_bytes <= ring_bytes):
+            lane.close()
             self._lane = None
 
     def free(self) -> None:

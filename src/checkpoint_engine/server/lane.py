@@ -67,10 +67,11 @@ class Lane(Closing):
     def level(self, plan: Plan, target: int, seconds: float) -> bool:
         """After a failure: queue broadcasts until `target` are queued, as on all other ranks, and wait for them. What they
         carry does not matter any more. False when that did not end within `seconds`, or failed."""
-        stream = [(b, p) for b in plan.buckets for p in b.pieces]
         try:
             while self.posted < target:
-                bucket, piece = stream[self.posted % len(stream)]
+                index, number = plan.stream[self.posted % len(plan.stream)]
+                bucket = plan.buckets[index]
+                piece = bucket.pieces[number]
                 place = bucket.offset + piece.offset
                 self._broadcast(self.ring.tensor[place : place + piece.nbytes], None, piece.owner)
             return self.sharing.record().wait(seconds)

@@ -18,7 +18,7 @@ from checkpoint_engine.errors import SettingsError, UpdateInProgressError
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.memory.registry import Registry
 from checkpoint_engine.memory.safetensors import parse_file
-from checkpoint_engine.planning.sizes import preferred_bucket
+from checkpoint_engine.planning.sizes import preferred_piece
 from checkpoint_engine.planning.stripe import stripe as stripe_tensors
 from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.gather import Gatherer
@@ -62,7 +62,8 @@ class ParameterServer:
         self._rank, self._world_size = find_place(rank, world_size, auto_pg)
         self._auto_pg = auto_pg
         self._owns_default_group = False
-        self._device: Device = get_device(index=local_rank(self._rank, gpu_count))
+        number = local_rank(self._rank, gpu_count, self._settings.device)
+        self._device: Device = get_device(self._settings.device, number)
         self._device.bind_thread()
         self._fleet = Fleet(self._rank, self._world_size, self._settings, master_addr, master_port)
         self._registered_memory: dict[int, Any] = {}
@@ -127,7 +128,7 @@ class ParameterServer:
     def _share(self, files: Sequence[str | Path]) -> list[str]:
         """This rank's part of every layer's tensors in `files`. Raises FileFormatError."""
         tensors = [(t.name, t.nbytes) for file in files for t in parse_file(file).tensors]
-        run_bytes = self._settings.bucket_bytes or preferred_bucket(self._device.kind, self._world_size)
+        run_bytes = self._settings.bucket_bytes or preferred_piece(self._device.kind, self._world_size)
         return stripe_tensors(tensors, self._world_size, run_bytes)[self._rank]
 
     # --- what everybody holds ------------------------------------------------------------------------------------------

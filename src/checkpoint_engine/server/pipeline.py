@@ -72,8 +72,8 @@ class Pass:
         self._error: CheckpointEngineError | None = None
         self.loads_sent = 0
         self._load_seconds = self._engine_seconds = self._hook_seconds = 0.0
-        own = [(b, p) for b in plan.buckets for p in b.pieces if p.owner == lane.rank]
-        self._own: list[tuple[Bucket, Piece]] = own
+        stream = [(plan.buckets[index], plan.buckets[index].pieces[number]) for index, number in plan.stream]
+        self._own: list[tuple[Bucket, Piece]] = [(b, p) for b, p in stream if p.owner == lane.rank]
         self._lifts: list[_Lifted] = []
         self._shares: list[Event] = []  # of own pieces
         self._lift_times: list[tuple[Event, Event]] = []
@@ -121,22 +121,25 @@ class Pass:
     def _drive(self) -> None:
         next_own = 0
         for index, bucket in enumerate(self._plan.buckets):
-            self._lift_ahead()
+            if not bucket.pieces:
+                self._arrived.put((index, None))
+        for index, number in self._plan.stream:
+            bucket = self._plan.buckets[index]
+            piece = bucket.pieces[number]
+            self._lift_ahead()  # before waiting, in which lifts can go on
             self._wait_loaded(bucket.after)
-            shared: Event | None = None
-            for piece in bucket.pieces:
-                lifted: _Lifted | None = None
-                if piece.owner == self._lane.rank:
-                    self._lift_ahead()
-                    lifted = self._lifts[next_own]
-                    next_own += 1
-                slot = None if lifted is None or lifted.slot is None else self._lane.staging[lifted.slot]
-                times = self._lane.share(bucket, piece, lifted and lifted.done, slot)
-                self._share_times.append(times)
-                shared = times[1]
-                if lifted is not None:
-                    self._shares.append(shared)
-            self._arrived.put((index, shared))
+            lifted: _Lifted | None = None
+            if piece.owner == self._lane.rank:
+                self._lift_ahead()
+                lifted = self._lifts[next_own]
+                next_own += 1
+            slot = None if lifted is None or lifted.slot is None else self._lane.staging[lifted.slot]
+            times = self._lane.share(bucket, piece, lifted and lifted.done, slot)
+            self._share_times.append(times)
+            if lifted is not None:
+                self._shares.append(times[1])
+            if number + 1 == len(bucket.pieces):
+                self._arrived.put((index, times[1]))
 
     def _lift_ahead(self) -> None:
         """Queue lifts of this rank's next pieces as far as there is room, up to the staging slots or what the ring has free."""
@@ -174,11 +177,12 @@ class Pass:
         worker = self._worker
         if worker is not None:
             self._attach(worker)
-        for index, bucket in enumerate(self._plan.buckets):
+        for bucket in self._plan.buckets:
             if (entry := self._arrived.get()) is None:
                 raise Stopped("stopped")
-            if entry[1] is not None:
-                self._wait_event(entry[1], f"bucket {index}")
+            index, shared = entry
+            if shared is not None:
+                self._wait_event(shared, f"bucket {index}")
             if worker is None:
                 self._set_loaded(index)
             else:

@@ -33,7 +33,9 @@ def _number(variable: str, value: int | None) -> int:
         raise SettingsError(f"{variable}={text!r} is not a number") from None
 
 
-def local_rank(rank: int, gpu_count: int | None) -> int:
-    """The accelerator beside `rank`, by its number on this host."""
-    count = gpu_count or (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+def local_rank(rank: int, gpu_count: int | None, device: str | None) -> int:
+    """The accelerator beside `rank`, by its number on this host; on a CPU (`device`), the rank's number there."""
+    count = 0
+    if device != "cpu":
+        count = gpu_count or (torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return rank % count if count else int(os.environ.get("LOCAL_RANK", rank))

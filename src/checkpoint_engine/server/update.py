@@ -93,7 +93,7 @@ class UpdateRun:
         """Returns after the last pass has been committed on all ranks. Raises UpdateError, the same on all ranks."""
         self._request = threading.Thread(target=self._ask, args=(request, handles), name="request", daemon=True)
         self._request.start()
-        # A stage's own deadline names most, the leader's less, a member's least: in this order they come.
+        # A stage's own deadline names most, the leader's less, a member's least: they come in this order.
         deadline = self._deadline + (0.5 if self._rank == LEADER else 1.0)
         try:
             while (end := self._step(deadline)) is None:
@@ -106,7 +106,7 @@ class UpdateRun:
                 rank=failure.rank, host=failure.host, stage=failure.stage, reason=failure.reason, dirty=self._dirty
             ) from None
         except BaseException as e:  # Ctrl-C, or a mistake of ours: the others must not wait for this rank
-            self._abort(self._failure("update", f"{type(e).__name__}: {e}"), announced=False)
+            self._abort(self._fail("update", f"{type(e).__name__}: {e}").failure, announced=False)
             raise
         finally:
             self._join_request()
@@ -149,7 +149,7 @@ class UpdateRun:
     def _check_deadlines(self, deadline: float) -> None:
         if self._leader is not None and (late := self._leader.overdue(time.monotonic())):
             rank, stage, error = late
-            raise _Fail(m.Failure(self._number, rank, self._host(), stage, str(error)), announced=False)
+            raise _Fail(m.Failure(self._number, rank, "?", stage, str(error)), announced=False)
         if time.monotonic() >= deadline:
             waited_for = self._leader.waiting_for() if self._leader else f"rank {LEADER} to end the update"
             raise self._fail("update", str(DeadlineError(waited_for, self._settings.timeout)))
@@ -261,14 +261,8 @@ class UpdateRun:
 
     # --- failure -------------------------------------------------------------------------------------------------------
 
-    def _host(self) -> str:
-        return socket.gethostname()
-
-    def _failure(self, stage: str, reason: str) -> m.Failure:
-        return m.Failure(self._number, self._rank, self._host(), stage, reason)
-
     def _fail(self, stage: str, reason: str) -> _Fail:
-        return _Fail(self._failure(stage, reason), announced=False)
+        return _Fail(m.Failure(self._number, self._rank, socket.gethostname(), stage, reason), announced=False)
 
     def _abort(self, failure: m.Failure, announced: bool) -> None:
         """Tell everybody, stop this rank's pass, tell its workers, and leave the communicator consistent or give it up."""

@@ -80,7 +80,7 @@ class Updater:
 
     def _give_back(self, name: str, settings: Settings) -> None:
         """After a good update only: after a failure some worker may still have the ring mapped."""
-        self._keeper.trim(self._gatherer.ring_bytes(name))
+        self._keeper.settle(self._gatherer.ring_bytes(name))
         if settings.free_after_update:
             self._keeper.free()
 

@@ -100,6 +100,13 @@ class Channel(Closing, Generic[Incoming]):
             self._fill(deadline, seconds, waiting_for)
         return message
 
+    def poll(self) -> Incoming | None:
+        """The next message if it is there, without blocking. Raises PeerLostError, ProtocolError."""
+        while (message := self._next()) is None:
+            if not self._read():
+                return None
+        return message
+
     def drain(self) -> Iterator[Incoming]:
         """All messages that are there, without blocking. Raises PeerLostError after the last one of a peer that is gone."""
         lost: PeerLostError | None = None

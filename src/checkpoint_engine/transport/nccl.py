@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 
+def channels(world_size: int) -> int:
+    """How many channels a communicator gets. Each costs 18 MiB of device memory for as long as it lives, and a core of the
+    device while it works; measured on 2 x H200, 64 MiB pieces: 8 channels share at 247 GB/s, 16 at 307, NCCL's own choice
+    of 24 at 308. Up to 4 devices lift no more than 8 channels share."""
+    return 8 if world_size <= 4 else 16
+
+
 class NcclCollective(Collective):
     """Broadcasts are queued on the caller's stream and never block the host after the first."""
 
@@ -31,7 +38,9 @@ class NcclCollective(Collective):
             token = bytes.fromhex(store.get("id").decode())
         except RuntimeError as e:  # torch's store errors
             raise DeadlineError(f"rank 0 to begin an NCCL communicator ({str(e).splitlines()[0]})", join_seconds) from e
-        self._communicator = NcclCommunicator(token, rank, world_size, device.index, timeout=join_seconds)
+        self._communicator = NcclCommunicator(
+            token, rank, world_size, device.index, timeout=join_seconds, max_ctas=channels(world_size)
+        )
 
     def broadcast(self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream) -> None:
         if not isinstance(stream, CudaStream):

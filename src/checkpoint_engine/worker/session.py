@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 import zmq
 
-from checkpoint_engine.devices.base import Device, get_device
-from checkpoint_engine.errors import CheckpointEngineError, PeerLostError, ProtocolError, WorkerUpdateError
+from checkpoint_engine.devices.base import Device, Event, get_device
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, WorkerUpdateError
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.messages import (
     Abort,
@@ -21,9 +22,11 @@ from checkpoint_engine.transport.messages import (
     Commit,
     Committed,
     Failed,
+    FromServer,
     Hello,
     Load,
     Loaded,
+    Message,
     Ready,
     Release,
     Table,
@@ -50,8 +53,8 @@ def update_weights_from_ipc(
 ) -> str:
     """Take one update from the server behind `zmq_handle` and return the version that is served from now on.
 
-    run        called once per bucket with [(name, tensor)]; the tensors are views of memory shared with the server and are
-               valid only during the call
+    run        called once per bucket with [(name, tensor)]; the tensors are views of memory shared with the server, valid
+               only during the call. What it queues on a device must be on the current stream, or joined to it
     post_hook  called once after the last bucket, when the shared memory is unmapped again
     state      where version and dirty are kept; None: one per device of this process (`weights_state`)
     zmq_ctx    accepted for the contract's sake and not used (docs/decisions.md)
@@ -61,8 +64,21 @@ def update_weights_from_ipc(
     """
     settings = Settings.from_environment()
     session = _Session(device_id, run, post_hook, state or weights_state(device_id), settings)
-    with session.connect(zmq_handle) as session.channel:
+    with session.connect(zmq_handle) as session.channel, _no_collection():
         return session.receive()
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's cycle collector off: the views of tens of thousands of tensors would set it off again and again, and each
+    full run walks the whole of the engine's heap."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Failure(Exception):
@@ -78,9 +94,10 @@ class _Session:
         self, device_id: int, run: LoadWeights, post_hook: Callable[[], None] | None, state: WeightsState, settings: Settings
     ) -> None:
         self.run, self.post_hook, self.state, self.settings = run, post_hook, state, settings
-        self.device: Device = get_device(index=device_id)
+        self.device: Device = get_device(settings.device, device_id)
         self.device.bind_thread()
         self.soiled = False
+        self._queued: collections.deque[tuple[Loaded, Event]] = collections.deque()
 
     def connect(self, handle: str) -> ServerChannel:
         try:
@@ -113,10 +130,19 @@ class _Session:
             raise _Failure("attach", -1, e) from e
         with mapping:
             views = Views(mapping.tensor)
-            while isinstance(message := self._next("a bucket", Load, Release), Load):
+            while isinstance(message := self._next_bucket(), Load):
                 if not 0 <= message.bucket < len(tables):
                     raise ProtocolError(f"the server sent bucket {message.bucket} of {len(tables)}")
                 self._load(message.bucket, tables[message.bucket], views)
+
+    def _next_bucket(self) -> Message:
+        """The next order; meanwhile buckets whose copies are over are reported. Python goes on while the device copies."""
+        while self._queued:
+            self._report(0.0)
+            if (message := self.channel.poll()) is not None:
+                return self._expect(message, "a bucket", Load, Release)
+            self._report(self.settings.timeout)
+        return self._next("a bucket", Load, Release)
 
     def _load(self, bucket: int, table: Table, views: Views) -> None:
         start = time.perf_counter()
@@ -126,12 +152,29 @@ class _Session:
             self.soiled = True
             begun = time.perf_counter()
             self.run(weights)
-            inside = time.perf_counter() - begun
-            # The bytes may be overwritten as soon as we say so: the engine's copies must be over, not just queued.
-            self.device.synchronize()
+            now = time.perf_counter()
+            self._queued.append((Loaded(bucket, now - start, now - begun), self.device.mark()))
         except Exception as e:
             raise _Failure("load", bucket, e) from e
-        self._send(Loaded(bucket, time.perf_counter() - start, inside))
+
+    def _report(self, seconds: float) -> None:
+        """Say Loaded for queued buckets whose copies are over, waiting up to `seconds` for the oldest.
+
+        Their bytes may be overwritten from then on: the engine's copies must be done, not just queued.
+        """
+        while self._queued:
+            loaded, copied = self._queued[0]
+            try:
+                done = copied.wait(seconds)
+            except Exception as e:
+                raise _Failure("load", loaded.bucket, e) from e
+            if not done:
+                if seconds:
+                    raise _Failure("load", loaded.bucket, DeadlineError("the device to copy it", seconds))
+                return
+            self._queued.popleft()
+            self._send(loaded)
+            seconds = 0.0
 
     def _finish(self) -> None:
         start = time.perf_counter()
@@ -158,7 +201,9 @@ class _Session:
             raise
 
     def _next(self, what: str, *expected: type[Expected]) -> Expected:
-        message = self.channel.receive(seconds=self.settings.timeout, waiting_for=what)
+        return self._expect(self.channel.receive(seconds=self.settings.timeout, waiting_for=what), what, *expected)
+
+    def _expect(self, message: FromServer, what: str, *expected: type[Expected]) -> Expected:
         if isinstance(message, Abort):
             raise WorkerUpdateError(message.reason, dirty=self.state.dirty)
         if not isinstance(message, expected):

@@ -50,10 +50,12 @@ class Child:
 
     def send(self, command: dict[str, Any]) -> None:
         """One line of JSON to its stdin. Raises PeerLostError when it has ended."""
-        assert self._process.stdin is not None  # it is a pipe
+        stdin = self._process.stdin
         try:
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
+            if stdin is None:
+                raise BrokenPipeError
+            stdin.write(json.dumps(command) + "\n")
+            stdin.flush()
         except OSError:
             raise self._lost() from None
 
