@@ -28,6 +28,7 @@ class Settings:
     max_bucket_bytes no bucket that is chosen so gets larger
     ring_bytes       device memory shared with the worker; None: chosen from bucket_bytes
     mem_fraction     at most this part of the smallest free device memory is used for the ring
+    map_regions      on a CPU, and one host, let workers load straight from the servers' memory instead of broadcasting
     free_after_update  give ring, staging and communicator back after each update
     socket_dir       directory of the sockets a worker connects to; workers must see the same path
     socket_dir_mode  its mode; loosen it only where engines run as other users
@@ -45,6 +46,7 @@ class Settings:
     max_bucket_bytes: int | None = None
     ring_bytes: int | None = None
     mem_fraction: float = 0.9
+    map_regions: bool = True
     free_after_update: bool = False
     socket_dir: Path = dataclasses.field(default_factory=default_socket_dir)
     socket_dir_mode: int = 0o700
@@ -106,6 +108,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "CHECKPOINT_ENGINE_DEVICE": ("device", str),
     "CHECKPOINT_ENGINE_BUCKET_BYTES": ("bucket_bytes", int),
     "CHECKPOINT_ENGINE_RING_BYTES": ("ring_bytes", int),
+    "CHECKPOINT_ENGINE_MAP_REGIONS": ("map_regions", _flag),
     "CHECKPOINT_ENGINE_FREE_AFTER_UPDATE": ("free_after_update", _flag),
     "CHECKPOINT_ENGINE_SOCKET_DIR": ("socket_dir", Path),
     "CHECKPOINT_ENGINE_SOCKET_DIR_MODE": ("socket_dir_mode", lambda s: int(s, 8)),

@@ -34,6 +34,7 @@ class Orders:
     die_in_bucket: int | None = None
     die_in_post_hook: bool = False
     stop_in_bucket: int | None = None
+    scribble: bool = False  # write into the tensors it is shown
     passes: int = 1
     connect: bool = True
 
@@ -56,6 +57,9 @@ class Model:
         if bucket == self.orders.stop_in_bucket:
             os.kill(os.getpid(), signal.SIGSTOP)
         self.tensors.update((name, tensor.clone()) for name, tensor in weights)
+        if self.orders.scribble:
+            for _, tensor in weights:
+                tensor.zero_()
         if bucket == self.orders.raise_in_bucket:
             raise ValueError(f"no room for {weights[0][0]}")
 
@@ -160,8 +164,9 @@ def request(worker: Worker | None, rank: int, orders: Orders = Orders()) -> Call
 
 
 def quick(**changes: Any) -> Settings:
-    """Settings with deadlines that suit a test."""
-    return Settings.from_environment(**{"timeout": 20.0, "connect_timeout": 5.0, "join_timeout": 10.0, **changes})
+    """Settings with deadlines that suit a test; broadcasting also where ranks of one host could do without."""
+    deadlines = {"timeout": 20.0, "connect_timeout": 5.0, "join_timeout": 10.0}
+    return Settings.from_environment(**{"map_regions": False, **deadlines, **changes})
 
 
 @contextlib.contextmanager

@@ -19,8 +19,9 @@ from checkpoint_engine.errors import SettingsError
 
 
 class SharedHandle(msgspec.Struct, frozen=True):
-    """How another process gets at a ring. kind "memfd": a descriptor travels beside the message; "cuda_ipc": `token` is
-    the CUDA IPC handle. offset: where in the mapped memory the ring starts."""
+    """How another process gets at memory. kind "memfd": a ring, whose descriptor travels beside the message; "region": host
+    memory that is only read, likewise; "cuda_ipc": a ring, and `token` its CUDA IPC handle. offset: where it starts in what
+    is mapped."""
 
     kind: str
     nbytes: int

@@ -35,16 +35,19 @@ class CpuRing(Ring):
 
 
 class CpuMapping(Mapping):
-    def __init__(self, descriptor: int, nbytes: int) -> None:
+    """private: what a loader writes into the tensors stays its own (copy on write)."""
+
+    def __init__(self, descriptor: int, nbytes: int, *, private: bool) -> None:
+        flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
         try:
             # Without the seal the other side could shrink the file and kill this process with SIGBUS.
             if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-                raise ProtocolError("the server's ring is not sealed against shrinking")
+                raise ProtocolError("the server's memory is not sealed against shrinking")
             if os.fstat(descriptor).st_size < nbytes:
-                raise ProtocolError(f"the server's ring holds {os.fstat(descriptor).st_size} bytes, not {nbytes}")
-            memory = mmap.mmap(descriptor, nbytes)
+                raise ProtocolError(f"the server's memory holds {os.fstat(descriptor).st_size} bytes, not {nbytes}")
+            memory = mmap.mmap(descriptor, nbytes, flags=flags)
         except OSError as e:
-            raise ProtocolError(f"the server's ring cannot be mapped: {e}") from e
+            raise ProtocolError(f"the server's memory cannot be mapped: {e}") from e
         finally:
             os.close(descriptor)
         # The tensor keeps the mapping alive: a view that a loader held on to stays readable.
@@ -152,11 +155,11 @@ class CpuDevice(Device):
             raise ManifestError(f"a ring of {nbytes} bytes cannot be allocated: {e}") from e
 
     def open_ring(self, handle: SharedHandle, descriptors: tuple[int, ...]) -> Mapping:
-        if handle.kind != "memfd" or len(descriptors) != 1:
+        if handle.kind not in ("memfd", "region") or len(descriptors) != 1:
             for descriptor in descriptors:
                 os.close(descriptor)
             raise ProtocolError(f"a worker on a CPU cannot map memory of kind {handle.kind!r}")
-        return CpuMapping(descriptors[0], handle.nbytes)
+        return CpuMapping(descriptors[0], handle.nbytes, private=handle.kind == "region")
 
     allocate = allocate_ring
 

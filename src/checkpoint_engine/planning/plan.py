@@ -13,13 +13,17 @@ ALIGNMENT = 256
 
 
 class Item(msgspec.Struct, frozen=True, array_like=True):
-    """One whole tensor of a bucket, as the worker needs it. offset: bytes from the bucket's start."""
+    """One whole tensor of a bucket, as the worker needs it.
+
+    offset  bytes from the bucket's start; from the start of memory number `memory` where that is not the ring
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    memory: int = 0
 
 
 class Copy(msgspec.Struct, frozen=True, array_like=True):

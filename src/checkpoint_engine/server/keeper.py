@@ -30,19 +30,25 @@ class Keeper(Closing):
         if self._lane is None:
             self._lane = Lane(self._device, self._fleet.rank, plan.ring_bytes, plan.piece_bytes, self._fleet.world_size)
 
+    @property
+    def lane(self) -> Lane:
+        """The prepared lane, as it is."""
+        if self._lane is None:
+            raise AgreementError("no lane was prepared")
+        return self._lane
+
     def join(self, generation: int) -> Lane:
         """The prepared lane with communicator number `generation`, on which all ranks agreed. Raises DeadlineError,
         PeerLostError."""
-        if self._lane is None:
-            raise AgreementError("no lane was prepared")
+        lane = self.lane
         if generation > self.generation or self.collective is None:
             if self.collective is not None:
                 self.collective.close()
                 self.collective = None
             self.generation = generation
             self.collective = self._fleet.collective(self._device, generation)
-        self._lane.collective = self.collective
-        return self._lane
+        lane.collective = self.collective
+        return lane
 
     def settle(self, ring_bytes: int) -> None:
         """After a good update: give back what is not worth keeping. `ring_bytes`: of a ring that no tensor enlarged."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import msgspec
 
 from checkpoint_engine.errors import AgreementError
+from checkpoint_engine.server.mapped import SharedRegion
 from checkpoint_engine.transport.links import Links
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True):
-    """plan: its digest. generation: of the communicator that this rank has or wants. error: why it cannot take part."""
+    """plan: its digest. generation: of the communicator that this rank has or wants. where, regions: for ranks of
+    the same host to open (None: they cannot). error: why this rank cannot take part."""
 
     checkpoint: str
     plan: str
@@ -17,6 +19,8 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     device: str
     handle: str
     generation: int
+    where: str = ""
+    regions: tuple[SharedRegion, ...] | None = None
     error: str = ""
 
 

@@ -202,7 +202,7 @@ class Pass:
         tables = None
         if self._plan.digest not in self._known:
             tables = tuple(Table(b.offset, b.nbytes, b.items) for b in self._plan.buckets)
-        worker.send(Attach(self._lane.rank, handle, self._plan.digest, tables), descriptors, seconds=self._remaining())
+        worker.send(Attach(self._lane.rank, (handle,), self._plan.digest, tables), descriptors, seconds=self._remaining())
 
     def _wait_event(self, event: Event, what: str) -> None:
         while not event.wait(SLICE):
@@ -261,8 +261,14 @@ class Pass:
         stats = {"lift": StageStats(lifted, sum(lane.lifting.busy(a, b) for a, b in self._lift_times))}
         if lane.collective is not None:
             stats["share"] = StageStats(plan.nbytes, sum(lane.sharing.busy(a, b) for a, b in self._share_times))
-        if self._worker is not None:
-            stats["load"] = StageStats(plan.nbytes, self._load_seconds)
-            stats["load_weights"] = StageStats(plan.nbytes, self._engine_seconds)
-            stats["post_hook"] = StageStats(0, self._hook_seconds)
-        return stats
+        return stats | self._load_stats()
+
+    def _load_stats(self) -> dict[str, StageStats]:
+        if self._worker is None:
+            return {}
+        nbytes = self._plan.nbytes
+        return {
+            "load": StageStats(nbytes, self._load_seconds),
+            "load_weights": StageStats(nbytes, self._engine_seconds),
+            "post_hook": StageStats(0, self._hook_seconds),
+        }

@@ -53,7 +53,7 @@ class _Fail(Exception):
 
 
 class UpdateRun:
-    """inbox: of this update. device: uuid a worker on this rank must have, None: not checked."""
+    """inbox: of this update. make_pass: the kind of pass. device: uuid a worker on this rank must have, None: not checked."""
 
     def __init__(
         self,
@@ -64,12 +64,14 @@ class UpdateRun:
         regions: list[torch.Tensor],
         links: Links,
         settings: Settings,
+        make_pass: Callable[..., Pass] = Pass,
         device: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self._inbox, self._number = inbox, inbox.update
         self._version, self._plan, self._lane, self._regions = version, plan, lane, regions
         self._links, self._settings, self._device, self._progress = links, settings, device, progress
+        self._make_pass = make_pass
         self._rank = links.rank
         self._deadline = time.monotonic() + settings.timeout
         self._workers: collections.deque[WorkerCame] = collections.deque()
@@ -224,7 +226,7 @@ class UpdateRun:
             worker = self._workers.popleft()
         self._pass_number = begin.pass_
         self._pass_worker = worker.channel if worker else None
-        self._pass = Pass(
+        self._pass = self._make_pass(
             self._plan,
             self._lane,
             self._regions,

@@ -6,24 +6,39 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
-import torch
+import msgspec
 
 from checkpoint_engine.devices.base import Device
 from checkpoint_engine.errors import AgreementError, CheckpointEngineError
+from checkpoint_engine.manifest import Manifest
+from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.memory.registry import Registry
 from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.server.events import SessionFailed, WorkerCame
 from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.gather import Gatherer
 from checkpoint_engine.server.keeper import Keeper
+from checkpoint_engine.server.mapped import MappedPass, OpenRegions, SharedRegion, describe, whereabouts
 from checkpoint_engine.server.offer import Offer, exchange_offers
+from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.server.report import StageReport, UpdateReport, slowest
 from checkpoint_engine.server.update import RequestFunction, UpdateRun
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.session import SessionListener
 
 log = logging.getLogger(__name__)
+
+
+class _Prepared(NamedTuple):
+    """shared: the regions as other ranks may open them; None: they may not."""
+
+    manifest: Manifest
+    plan: Plan
+    regions: tuple[HostRegion, ...]
+    shared: tuple[SharedRegion, ...] | None
 
 
 class Updater:
@@ -56,19 +71,31 @@ class Updater:
                     lambda error: inbox.put(self._fleet.rank, SessionFailed(error)),
                 )
             )
-            plan, regions, offer = self._prepare(stack, name, version, listener.handle)
-            offers = exchange_offers(links, offer, settings.join_timeout)
-            if plan is None:
-                raise AgreementError(offer.error)
-            lane = self._keeper.join(max(o.generation for o in offers))
-            checked = self._device.uuid if self._device.kind != "cpu" else None
-            run = UpdateRun(inbox, offers[0].version, plan, lane, regions, links, settings, checked, progress)
+            prepared = self._prepare(stack, name, settings)
+            offers = exchange_offers(links, self._offer(prepared, name, version, listener.handle), settings.join_timeout)
+            if isinstance(prepared, CheckpointEngineError):
+                raise prepared
+            plan = prepared.plan
+            mapped = self._map_regions(stack, offers, prepared.manifest, settings)
+            lane = self._keeper.lane if mapped else self._keeper.join(max(o.generation for o in offers))
+            run = UpdateRun(
+                inbox,
+                offers[0].version,
+                plan,
+                lane,
+                [region.tensor for region in prepared.regions],
+                links,
+                settings,
+                partial(MappedPass, mapped) if mapped else Pass,
+                self._device.uuid if self._device.kind != "cpu" else None,
+                progress,
+            )
             outcome = run.run(req_func, [(o.device, o.handle) for o in offers])
         self._give_back(name, settings)
         ranks = tuple({k: StageReport(s.nbytes, s.seconds) for k, s in stats.items()} for stats in outcome.stats)
         report = UpdateReport(
             version=offers[0].version,
-            method="broadcast",
+            method="mapped" if mapped else "broadcast",
             nbytes=plan.nbytes,
             seconds=time.perf_counter() - start,
             passes=outcome.passes,
@@ -84,22 +111,46 @@ class Updater:
         if settings.free_after_update:
             self._keeper.free()
 
-    def _prepare(
-        self, stack: contextlib.ExitStack, name: str, version: str | None, handle: str
-    ) -> tuple[Plan | None, list[torch.Tensor], Offer]:
+    def _prepare(self, stack: contextlib.ExitStack, name: str, settings: Settings) -> _Prepared | CheckpointEngineError:
         """Everything on this rank that can fail before the others need to know; a failure travels in the offer."""
-        uuid = self._device.uuid
         try:
             manifest, plan = self._gatherer.plan(name)
-            regions = []
-            if manifest.ranks[self._fleet.rank].regions:
+            mine = manifest.ranks[self._fleet.rank].regions
+            regions: tuple[HostRegion, ...] = ()
+            if mine:
                 checkpoint = stack.enter_context(self._registry.use(name))
-                if checkpoint.metas() != manifest.ranks[self._fleet.rank].regions:
+                if checkpoint.metas() != mine:
                     raise AgreementError(f"checkpoint {name!r} was registered anew after gather_metas: gather again")
-                regions = [r.tensor for r in checkpoint.regions]
+                regions = checkpoint.regions
             self._keeper.prepare(plan)
-            return plan, regions, Offer(name, plan.digest, version or manifest.version, uuid, handle, self._keeper.generation)
+            shared = describe(regions) if settings.map_regions and self._device.kind == "cpu" else None
+            return _Prepared(manifest, plan, regions, shared)
         except CheckpointEngineError as e:
             if self._fleet.world_size == 1:
                 raise
-            return None, [], Offer(name, "", version or "", uuid, handle, self._keeper.generation, f"{type(e).__name__}: {e}")
+            return e
+
+    def _offer(self, prepared: _Prepared | CheckpointEngineError, name: str, version: str | None, handle: str) -> Offer:
+        offer = Offer(name, "", version or "", self._device.uuid, handle, self._keeper.generation, whereabouts())
+        if isinstance(prepared, CheckpointEngineError):
+            return msgspec.structs.replace(offer, error=f"{type(prepared).__name__}: {prepared}")
+        return msgspec.structs.replace(
+            offer,
+            plan=prepared.plan.digest,
+            version=version or prepared.manifest.version,
+            regions=prepared.shared,
+        )
+
+    def _map_regions(
+        self, stack: contextlib.ExitStack, offers: list[Offer], manifest: Manifest, settings: Settings
+    ) -> OpenRegions | None:
+        """All ranks' regions, if every rank can open them; all ranks come to the same answer."""
+        if len({offer.where for offer in offers}) > 1 or any(offer.regions is None for offer in offers):
+            return None
+        opened: OpenRegions | None = None
+        try:
+            opened = stack.enter_context(OpenRegions([r for offer in offers for r in offer.regions or ()], manifest))
+        except OSError as e:
+            log.info("rank %d cannot map the other ranks' memory, so all broadcast: %s", self._fleet.rank, e)
+        answers = self._fleet.links.exchange("mapping", b"" if opened is None else b"1", settings.join_timeout)
+        return opened if all(answers) else None

@@ -31,7 +31,8 @@ PREAMBLE = struct.Struct("<4sI")
 LENGTH = struct.Struct("<I")
 MAX_FRAME = 256 << 20
 """Bytes. A manifest of 500 000 tensors fits; what announces more is refused before memory is taken for it."""
-MAX_DESCRIPTORS = 16
+MAX_DESCRIPTORS = 200
+"""Beside one message; the kernel takes 253."""
 
 
 class Channel(Closing, Generic[Incoming]):

@@ -60,7 +60,7 @@ class Failed(Message, frozen=True):
 
 
 class Table(Message, frozen=True):
-    """A bucket's place in the ring and its tensors."""
+    """A bucket's tensors; offset, nbytes: its place in the memory, to which its items' offsets are relative."""
 
     offset: int
     nbytes: int
@@ -68,10 +68,11 @@ class Table(Message, frozen=True):
 
 
 class Attach(Message, frozen=True):
-    """Map this ring (descriptors travel beside the message). `tables` is None when Hello named the plan."""
+    """Map these memories (descriptors travel beside the message): the ring, or all ranks' regions. `tables` is None when
+    Hello named the plan."""
 
     rank: int
-    ring: SharedHandle
+    memories: tuple[SharedHandle, ...]
     plan: str
     tables: tuple[Table, ...] | None
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import zmq
 
-from checkpoint_engine.devices.base import Device, Event, get_device
+from checkpoint_engine.devices.base import Device, Event, Mapping, get_device
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, WorkerUpdateError
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.messages import (
@@ -124,16 +124,23 @@ class _Session:
     def _load_all(self) -> None:
         attach = self._next("Attach", Attach)
         tables = _remember(attach)
-        try:
-            mapping = self.device.open_ring(attach.ring, self.channel.take_descriptors())
-        except Exception as e:
-            raise _Failure("attach", -1, e) from e
-        with mapping:
-            views = Views(mapping.tensor)
+        with contextlib.ExitStack() as mapped:
+            try:
+                views = Views([mapped.enter_context(m).tensor for m in self._map(attach)])
+            except Exception as e:
+                raise _Failure("attach", -1, e) from e
             while isinstance(message := self._next_bucket(), Load):
                 if not 0 <= message.bucket < len(tables):
                     raise ProtocolError(f"the server sent bucket {message.bucket} of {len(tables)}")
                 self._load(message.bucket, tables[message.bucket], views)
+
+    def _map(self, attach: Attach) -> Iterator[Mapping]:
+        descriptors = collections.deque(self.channel.take_descriptors())
+        for handle in attach.memories:
+            needs = handle.kind != "cuda_ipc"
+            if needs and not descriptors:
+                raise ProtocolError("the server sent fewer descriptors than memories")
+            yield self.device.open_ring(handle, (descriptors.popleft(),) if needs else ())
 
     def _next_bucket(self) -> Message:
         """The next order; meanwhile buckets whose copies are over are reported. Python goes on while the device copies."""

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
-import msgspec
 import torch
 
+from checkpoint_engine.planning.plan import Item
 from checkpoint_engine.transport.messages import Table
 
 
 class Views:
-    """The buckets' tensors as views of a mapping's bytes (uint8, one-dimensional).
+    """The buckets' tensors as views of the memories' bytes (each uint8, one-dimensional).
 
     One as_strided a tensor: checkpoints of experts have tens of thousands, and the engine waits for each.
     """
 
-    def __init__(self, memory: torch.Tensor) -> None:
-        self._memory = memory
-        self._typed: dict[str, tuple[torch.Tensor, int]] = {}
+    def __init__(self, memories: Sequence[torch.Tensor]) -> None:
+        self._memories = memories
+        self._typed: dict[tuple[int, str], tuple[torch.Tensor, int]] = {}
 
     def of(self, table: Table) -> list[tuple[str, torch.Tensor]]:
-        """[(name, tensor)] of one bucket. Raises RuntimeError when the table does not fit the mapping."""
-        weights = []
-        for name, dtype, shape, offset, _ in map(msgspec.structs.astuple, table.items):
-            typed, itemsize = self._typed.get(dtype) or self._of_dtype(dtype)
-            weights.append((name, typed.as_strided(shape, _contiguous(shape), (table.offset + offset) // itemsize)))
-        return weights
+        """[(name, tensor)] of one bucket. Raises RuntimeError or IndexError when the table does not fit the memories."""
+        return [(item.name, self._view(item, table.offset + item.offset)) for item in table.items]
 
-    def _of_dtype(self, name: str) -> tuple[torch.Tensor, int]:
-        dtype = getattr(torch, name)
-        whole = self._memory.numel() // dtype.itemsize * dtype.itemsize
-        self._typed[name] = self._memory[:whole].view(dtype), dtype.itemsize
-        return self._typed[name]
+    def _view(self, item: Item, place: int) -> torch.Tensor:
+        typed, itemsize = self._typed.get((item.memory, item.dtype)) or self._of_dtype(item.memory, item.dtype)
+        first, rest = divmod(place, itemsize)
+        if rest:  # a file need not align its tensors
+            raw = self._memories[item.memory][place : place + item.nbytes]
+            return raw.clone().view(typed.dtype).view(item.shape)
+        return typed.as_strided(item.shape, _contiguous(item.shape), first)
+
+    def _of_dtype(self, memory: int, name: str) -> tuple[torch.Tensor, int]:
+        dtype, raw = getattr(torch, name), self._memories[memory]
+        whole = raw.numel() // dtype.itemsize * dtype.itemsize
+        self._typed[memory, name] = raw[:whole].view(dtype), dtype.itemsize
+        return self._typed[memory, name]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,0 +1,97 @@
+"""Updates without a copy between server and worker: on a CPU, and one host, workers map all ranks' regions and load from there.
+
+There is nothing to lift, because host memory is device memory, and nothing to share, because every process of the host can
+map every region. Ranks that cannot open each other's descriptors (other users, other PID namespaces) broadcast instead.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from checkpoint_engine.devices.base import Closing, SharedHandle
+from checkpoint_engine.manifest import Manifest
+from checkpoint_engine.memory.region import HostRegion
+from checkpoint_engine.planning.mapped import mapped_items
+from checkpoint_engine.server.pipeline import Pass
+from checkpoint_engine.transport.channel import MAX_DESCRIPTORS
+from checkpoint_engine.transport.messages import Attach, StageStats, Table
+from checkpoint_engine.transport.session import WorkerChannel
+
+
+class SharedRegion(msgspec.Struct, frozen=True, array_like=True):
+    """A region of process `pid`: its descriptor there, and the inode that proves that it is still the same."""
+
+    pid: int
+    descriptor: int
+    inode: int
+    nbytes: int
+
+
+def whereabouts() -> str:
+    """Equal for processes that can open each other's descriptors: host, boot, PID namespace and user."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
+
+
+def describe(regions: Sequence[HostRegion]) -> tuple[SharedRegion, ...] | None:
+    """None when one of them is a file in place, which cannot be sealed: its owner could shrink it under a reader."""
+    if any(region.in_place for region in regions):
+        return None
+    return tuple(SharedRegion(os.getpid(), r.fd, os.fstat(r.fd).st_ino, r.nbytes) for r in regions)
+
+
+class OpenRegions(Closing):
+    """Descriptors of all ranks' regions, in the order of planning.mapped.region_numbers.
+
+    Raises OSError when one cannot be opened, or is not the one that was announced.
+    """
+
+    def __init__(self, regions: Sequence[SharedRegion], manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.handles = tuple(SharedHandle("region", region.nbytes) for region in regions)
+        self.descriptors: tuple[int, ...] = ()
+        if len(regions) > MAX_DESCRIPTORS:
+            raise OSError(f"{len(regions)} regions are more than a message can carry")
+        try:
+            for region in regions:
+                descriptor = os.open(f"/proc/{region.pid}/fd/{region.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+                self.descriptors += (descriptor,)
+                if os.fstat(descriptor).st_ino != region.inode:
+                    raise OSError(f"descriptor {region.descriptor} of process {region.pid} is another file by now")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        self.descriptors = ()
+
+
+class MappedPass(Pass):
+    """A pass whose buckets are all there from the start: they only have to be loaded."""
+
+    def __init__(self, source: OpenRegions, *args: Any) -> None:
+        super().__init__(*args)
+        self._source = source
+
+    def _drive(self) -> None:
+        for index in range(len(self._plan.buckets)):
+            self._arrived.put((index, None))
+
+    def _attach(self, worker: WorkerChannel) -> None:
+        digest = f"mapped-{self._plan.digest}"
+        tables = None
+        if digest not in self._known:
+            tables = tuple(Table(0, 0, items) for items in mapped_items(self._plan, self._source.manifest))
+        attach = Attach(self._lane.rank, self._source.handles, digest, tables)
+        worker.send(attach, self._source.descriptors, seconds=self._remaining())
+
+    def _stats(self) -> dict[str, StageStats]:
+        return self._load_stats()
