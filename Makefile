@@ -7,13 +7,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench format install clean
+.PHONY: demo test test-vllm check bench format install clean
 
 demo: $(STAMP)  ## update two running engines twice, and prove it
 	$(BIN)/checkpoint-engine demo $(ARGS)
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-vllm: $(STAMP)  ## updates of a real vLLM on the CPU; its environment (3.5 GB) is built once, under ~/.cache
+	VLLM_VENV=$$(tests/vllm_cpu/build_env.sh $(PYTHON)) && VLLM_VENV=$$VLLM_VENV $(BIN)/python -m pytest tests/vllm_cpu $(ARGS)
 
 check: $(STAMP)  ## style, types, imports
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ were run in turn; a ratio is the median of the rounds' ratios. Use the ratios: G
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
 from benchmarks import broadcast, registering
+
 from checkpoint_engine.settings import MIB, Settings
 
 GIB = 1 << 30
@@ -45,12 +46,16 @@ class Goal(NamedTuple):
 
 
 def updating(result: broadcast.Result) -> list[Goal]:
-    setup = 1000 * (statistics.median(result.seconds["tiny"]))
-    return [
-        Goal("further update / raw gloo broadcast, the better of both", result.ratio("further"), 0.7, "x"),
-        Goal("further update / raw gloo broadcast, one call per tensor", result.ratio("further", "raw, tensors"), 0.7, "x"),
-        Goal("set-up of a further update: gather_metas + update of 4 KiB", setup, 50, " ms", at_least=False),
-    ]
+    goals = []
+    for method in broadcast.METHODS:
+        further = f"{method}, further"
+        goals.append(Goal(f"{method} / raw gloo broadcast, the better of both", result.ratio(further), 0.7, "x"))
+        one_each = result.ratio(further, "raw, tensors")
+        goals.append(Goal(f"{method} / raw gloo broadcast, one call per tensor", one_each, 0.7, "x"))
+    for method in broadcast.METHODS:
+        milliseconds = 1000 * result.median(f"{method}, tiny")
+        goals.append(Goal(f"{method}: set-up, a further update of 4 KiB", milliseconds, 50, " ms", at_least=False))
+    return goals
 
 
 def registering_goals(rows: dict[str, dict[str, float]]) -> list[Goal]:
@@ -66,14 +71,16 @@ def show_updates(result: broadcast.Result) -> None:
         f"{result.nbytes / 1e9:.3f} GB in {result.tensors} tensors, {broadcast.RANKS} ranks, median of {len(result.raw)} rounds"
     )
     print(f"{'':24}{'seconds':>9}{'GB/s':>8}{'CPU s':>8}")
-    for variant in ("raw, tensors", "raw, pieces", "first", "further"):
+    ours = [f"{method}, {variant}" for method in broadcast.METHODS for variant in ("first", "further")]
+    for variant in (*broadcast.RAW, *ours):
         seconds, cpu = result.median(variant), statistics.median(result.cpu[variant])
         print(f"{variant:24}{seconds:9.3f}{result.nbytes / seconds / 1e9:8.2f}{cpu:8.2f}")
-    for variant in ("tiny, first", "tiny"):
+    for variant in (f"{method}, tiny" for method in broadcast.METHODS):
         print(f"{variant:24}{result.median(variant):9.4f}{'':8}{statistics.median(result.cpu[variant]):8.3f}")
     print(f"{'memcpy, one thread':24}{result.nbytes / result.memcpy:9.3f}{result.memcpy / 1e9:8.2f}")
-    busy = ", ".join(f"{stage} {statistics.median(values):.3f} s" for stage, values in result.stages.items())
-    print(f"at work in a further update, on the busiest rank: {busy}")
+    for method, stages in result.stages.items():
+        busy = ", ".join(f"{stage} {statistics.median(values):.3f} s" for stage, values in stages.items())
+        print(f"{method}, at work in a further update, on the busiest rank: {busy}")
 
 
 def show_registering(rows: dict[str, dict[str, float]], nbytes: int) -> None:
@@ -115,7 +122,11 @@ def main() -> None:
         if not arguments.json:
             show_registering(rows, nbytes)
     if arguments.json:
-        told = {"updates": result.to_dict(), "registering": rows, "goals": [{**g._asdict(), "met": g.met} for g in goals]}
+        told = {
+            "updates": dataclasses.asdict(result),
+            "registering": rows,
+            "goals": [{**g._asdict(), "met": g.met} for g in goals],
+        }
         print(json.dumps(told, indent=2))
     else:
         print("\n" + "\n".join(map(str, goals)))

@@ -75,6 +75,46 @@ def test_deadlines(ends: tuple[Channel[FromServer], Channel[FromWorker]]) -> Non
         server.send(big, seconds=0.05)
 
 
+def test_a_blocked_sender_holds_up_no_other(ends: tuple[Channel[FromServer], Channel[FromWorker]]) -> None:
+    """Another thread's message is on its way to a peer that reads nothing: the second has a deadline of its own."""
+    _, server = ends
+    blocked: list[type[BaseException]] = []
+
+    def send() -> None:
+        try:
+            server.send(Commit("x" * (4 << 20)), seconds=60)
+        except CheckpointEngineError as e:
+            blocked.append(type(e))
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    while not server._sending.locked():
+        sender.join(0.001)
+    with pytest.raises(DeadlineError):
+        server.send(Load(1), seconds=0.05)
+    server.shutdown()
+    sender.join(10)
+    assert blocked == [PeerLostError]
+
+
+def test_a_message_that_was_cut_off_ends_the_conversation(ends: tuple[Channel[FromServer], Channel[FromWorker]]) -> None:
+    worker, server = ends
+    with pytest.raises(DeadlineError):
+        server.send(Commit("x" * (4 << 20)), seconds=0.05)
+    with pytest.raises(PeerLostError):
+        server.send(Load(1), seconds=5)
+    with pytest.raises(PeerLostError):
+        worker.receive(seconds=5)
+
+
+def test_a_peer_is_not_believed_more_than_the_limit(ends: tuple[Channel[FromServer], Channel[FromWorker]]) -> None:
+    worker, server = ends
+    worker.limit = 100
+    server.send(Commit("x" * 200), seconds=5)
+    with pytest.raises(ProtocolError, match="100 is the limit"):
+        worker.receive(seconds=5)
+
+
 def test_a_peer_that_leaves(ends: tuple[Channel[FromServer], Channel[FromWorker]]) -> None:
     worker, server = ends
     server.send(Load(1), seconds=5)

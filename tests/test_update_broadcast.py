@@ -153,3 +153,17 @@ def _late(rank: int, world_size: int, crew: list[Worker]) -> Any:
 def test_requests_that_return_before_the_workers_come() -> None:
     with workers(3) as crew:
         assert run_ranks(_late, 3, crew) == [True] * 3
+
+
+def _lagging(rank: int, world_size: int, crew: list[Worker]) -> Any:
+    with server(bucket_bytes=64 * KIB, ring_bytes=192 * KIB) as ps:
+        ps.register_checkpoint("c", named_tensors=share_of(tensors(1), rank, world_size))
+        ps.gather_metas("c")
+        ps.update("c", request(crew[rank], rank, Orders(lag=0.01 * (rank + 1))))
+        return crew[rank].state()[2] == digests(tensors(1))
+
+
+def test_a_device_that_is_behind_its_loader() -> None:
+    """Buckets are reported when their copies are over, the last ones before the worker is ready."""
+    with workers(2) as crew:
+        assert run_ranks(_lagging, 2, crew) == [True, True]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from checkpoint_engine.devices.cpu import CpuDevice, CpuEvent
 from checkpoint_engine.manifest import hex_digest
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.settings import Settings
@@ -35,6 +36,7 @@ class Orders:
     die_in_post_hook: bool = False
     stop_in_bucket: int | None = None
     scribble: bool = False  # write into the tensors it is shown
+    lag: float = 0.0  # seconds by which the device is behind what the loader queued
     passes: int = 1
     connect: bool = True
 
@@ -71,6 +73,8 @@ class Model:
 
     def update(self, handle: str) -> list[str]:
         versions = []
+        if self.orders.lag:
+            CpuDevice.mark = lambda _: _late_event(self.orders.lag)  # type: ignore[method-assign]
         for _ in range(self.orders.passes):
             self.calls = []
             options = {"run": self.load, "post_hook": self.post_hook, "state": self.state}
@@ -79,6 +83,12 @@ class Model:
 
     def digests(self) -> dict[str, str]:
         return {name: digest(tensor) for name, tensor in self.tensors.items()}
+
+
+def _late_event(seconds: float) -> CpuEvent:
+    event = CpuEvent()
+    threading.Timer(seconds, event.set, [None]).start()
+    return event
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -107,17 +117,24 @@ def _worker(pipe: Connection, variables: dict[str, str], device: int) -> None:
 
 
 class Worker:
-    """The handle of a worker process; may be used from another process than the one that started it."""
+    """The handle of a worker process; may be used from another process than the one that started it.
+
+    One command at a time: a request that a failed update left behind may still wait for its answer in another thread.
+    """
 
     def __init__(self, pipe: Connection) -> None:
-        self.pipe = pipe
+        self.pipe, self._asking = pipe, threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Worker], tuple[Connection]]:
+        return Worker, (self.pipe,)
 
     def ask(self, *command: Any, seconds: float = 30.0) -> Any:
         """Raises RuntimeError with the worker's own error, or EOFError when it is dead."""
-        self.pipe.send(command)
-        if not self.pipe.poll(seconds):
-            raise TimeoutError(f"the worker did not answer {command[0]} in {seconds} s")
-        ok, answer = self.pipe.recv()
+        with self._asking:
+            self.pipe.send(command)
+            if not self.pipe.poll(seconds):
+                raise TimeoutError(f"the worker did not answer {command[0]} in {seconds} s")
+            ok, answer = self.pipe.recv()
         if not ok:
             raise RuntimeError(answer)
         return answer

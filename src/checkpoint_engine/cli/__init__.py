@@ -51,6 +51,7 @@ _EXIT_CODES: tuple[tuple[type[CheckpointEngineError], int], ...] = (
 COMMANDS = {
     "demo": "checkpoint_engine.cli.demo:demo",
     "inspect": "checkpoint_engine.cli.inspect:inspect",
+    "plan": "checkpoint_engine.cli.plan:plan",
     "update": "checkpoint_engine.cli.update:update",
     "engine": "checkpoint_engine.cli.engine:engine",
     "probe": "checkpoint_engine.cli.probe:probe",

@@ -117,6 +117,12 @@ class Device(ABC):
     def bind_thread(self) -> None:
         """Make this the current device of the calling thread. Every thread that touches the device calls it first."""
 
+    def stay_near(self) -> None:  # noqa: B027  (a device without a place of its own has none to stay near)
+        """Keep the calling thread, which is one of ours, on the CPUs nearest to the device."""
+
+    def place(self, tensor: torch.Tensor) -> None:  # noqa: B027
+        """Have host memory that nobody touched yet (uint8, one-dimensional, page-aligned) come from nearest to the device."""
+
     @abstractmethod
     def allocate_ring(self, nbytes: int) -> Ring:
         """Raises ManifestError when there is not enough memory."""

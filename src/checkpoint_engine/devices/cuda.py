@@ -16,6 +16,7 @@ import torch
 from checkpoint_engine.devices.base import Closing, Device, Event, Mapping, Ring, SharedHandle, Stream
 from checkpoint_engine.devices.cudart import INVALID_VALUE, OUT_OF_MEMORY, CudaRuntime, runtime
 from checkpoint_engine.devices.foreign import tensor_at
+from checkpoint_engine.devices.numa import bind_to_node, gpu_node, place_on_node
 from checkpoint_engine.errors import DeviceError, ManifestError, ProtocolError
 
 GRANULE = 2 << 20
@@ -176,6 +177,7 @@ class CudaDevice(Device):
             raise DeviceError("cudaSetDevice", 101, f"there is no cuda:{index} among {torch.cuda.device_count()} visible devices")
         self.index, self.name = index, f"cuda:{index}"
         self.torch_device = torch.device("cuda", index)
+        self._node = gpu_node(index)
 
     @property
     def uuid(self) -> str:
@@ -186,6 +188,12 @@ class CudaDevice(Device):
 
     def bind_thread(self) -> None:
         torch.cuda.set_device(self.index)
+
+    def stay_near(self) -> None:
+        bind_to_node(self._node)
+
+    def place(self, tensor: torch.Tensor) -> None:
+        place_on_node(tensor.data_ptr(), tensor.numel(), self._node)
 
     def allocate_ring(self, nbytes: int) -> Ring:
         try:

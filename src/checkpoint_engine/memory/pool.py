@@ -21,13 +21,16 @@ def _nothing(region: HostRegion) -> None:
 class RegionPool:
     """Gives out regions, and keeps those that are to be used again. A context manager; threads may share it.
 
+    on_map      called for each region of new memory before its first page is taken: a device says from where
     on_create   called once for each region when its memory is there: a device registers it
     on_destroy  called once for each region that on_create was called for, before its memory is given back
     """
 
-    def __init__(self, on_create: Hook = _nothing, on_destroy: Hook = _nothing, *, threads: int = 4) -> None:
+    def __init__(
+        self, on_create: Hook = _nothing, on_destroy: Hook = _nothing, *, on_map: Hook = _nothing, threads: int = 4
+    ) -> None:
         """threads: that take a new region's pages."""
-        self._on_create, self._on_destroy, self._threads = on_create, on_destroy, threads
+        self._on_map, self._on_create, self._on_destroy, self._threads = on_map, on_create, on_destroy, threads
         self._lock = threading.Lock()
         self._kept: list[HostRegion] = []
         self._fresh: set[int] = set()  # generations of regions in use for the first time
@@ -69,6 +72,7 @@ class RegionPool:
                 if region is None:
                     found[place] = region = self._new(HostRegion(sizes[place], touch=False))
                     regions.append(region)
+                    self._on_map(region)
         except BaseException:
             self.undo(regions)
             raise

@@ -35,12 +35,12 @@ class Registry:
     """Checkpoints by name. A context manager; threads may share it.
 
     settings                of which io_threads is used
-    on_create, on_destroy   see RegionPool: a device registers each region's memory once
+    on_create, on_destroy, on_map   see RegionPool: a device registers each region's memory once
     """
 
-    def __init__(self, settings: Settings, on_create: Hook = _ignore, on_destroy: Hook = _ignore) -> None:
+    def __init__(self, settings: Settings, on_create: Hook = _ignore, on_destroy: Hook = _ignore, on_map: Hook = _ignore) -> None:
         self._threads = settings.io_threads
-        self._pool = RegionPool(on_create, on_destroy, threads=self._threads)
+        self._pool = RegionPool(on_create, on_destroy, on_map=on_map, threads=self._threads)
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
         self._closed = False

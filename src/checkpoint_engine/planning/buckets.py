@@ -28,11 +28,12 @@ def plan_broadcast(
 ) -> Plan:
     """Plan a pass in which every rank receives every tensor of `manifest`.
 
-    bucket_bytes  what is loaded in one go: no bucket is larger, unless one tensor, or a group that must load together, is.
-                  At most `ring_bytes`.
+    bucket_bytes  what lies in the ring: a larger bucket, which one tensor or a group that must load together can be, lies
+                  behind it. At most `ring_bytes`
     ring_bytes    size of the ring; where there are larger buckets, an area for them is added behind it: as large as the
                   largest and, where they are many, as two of them
-    piece_bytes   what is lifted and shared in one go, at most; default: `bucket_bytes`
+    piece_bytes   what is lifted and shared in one go, at most, and up to which tensors are put together in a bucket;
+                  default: `bucket_bytes`
     rates         to predict which order is faster
     staging       pieces that an owner can lift ahead of their sharing
 
@@ -51,7 +52,7 @@ def plan_broadcast(
     units = choose_holders(manifest)
     if not units:
         raise CheckpointNotFoundError(manifest.checkpoint, "on any rank")
-    drafts = pack(units, bucket_bytes)
+    drafts = pack(units, min(piece_bytes, bucket_bytes))
     for draft in drafts:
         draft.finish(piece_bytes)
 

@@ -22,7 +22,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     load             the engine's copies out of a bucket
     lift_latency     more for every piece lifted
     share_latency    more for every piece shared
-    hop_latency      more for every piece shared and every rank that it passes: a broadcast is a ring
+    hop_latency      more for every rank that a piece passes in the ring of ranks, before the next one can begin: see predict
     load_latency     more for every bucket loaded: two messages and a call
     load_per_tensor  more for every tensor loaded
     """
@@ -72,14 +72,17 @@ def predict(plan: Plan, rates: Rates, world_size: int, *, staging: int = 2) -> P
     An owner lifts its pieces in the plan's order, at most `staging` of them ahead of their sharing (0: it lifts straight
     into the ring, which must be free). Shares follow one another in the order of `plan.stream` on all ranks, and each waits
     until its place is free. Buckets are loaded one after the other, each when its last piece is shared.
+
+    A broadcast runs around the ring of ranks, in the order of their numbers, a hop later on each. An owner can send when its
+    own part in the last broadcast is over: as many hops late as it is behind the last owner, so owners in turn lose one each.
     """
     lift_free: dict[int, float] = defaultdict(float)  # owner -> when its last lift ends
     lift_busy: dict[int, float] = defaultdict(float)
     waiting: dict[int, deque[float]] = defaultdict(deque)  # owner -> when each of its staging slots is free again
     share_free = share_busy = load_free = load_busy = 0.0
     loaded: list[float] = []  # bucket -> when it is loaded
-    hops = rates.hop_latency * (world_size - 1)
     staged = staging > 0 and world_size > 1
+    last_owner = -1
 
     def load(bucket: Bucket) -> None:
         nonlocal load_free, load_busy
@@ -98,16 +101,23 @@ def predict(plan: Plan, rates: Rates, world_size: int, *, staging: int = 2) -> P
         seconds = rates.lift_latency + piece.nbytes / rates.lift
         lift_busy[owner] += seconds
         lift_free[owner] = max(lift_free[owner], may_lift) + seconds
-        seconds = rates.share_latency + hops + piece.nbytes / rates.share if world_size > 1 else 0.0
-        share_busy += seconds
-        share_free = max(share_free, lift_free[owner], ring_free) + seconds
+        hops = (owner - last_owner) % world_size * rates.hop_latency if last_owner >= 0 else 0.0
+        last_owner = owner
+        seconds = rates.share_latency + piece.nbytes / rates.share if world_size > 1 else 0.0
+        share_busy += hops + seconds
+        share_free = max(share_free + hops, lift_free[owner], ring_free) + seconds
         if staged:
             slots.append(share_free)
         if number + 1 == len(bucket.pieces):
             load(bucket)
     for bucket in plan.buckets[len(loaded) :]:  # without pieces
         load(bucket)
+    last_hops = rates.hop_latency * (world_size - 1) if plan.stream else 0.0
+    share_busy, load_free = share_busy + last_hops, load_free + last_hops
 
-    busy = {"lift": max(lift_busy.values(), default=0.0), "share": share_busy, "load": load_busy}
-    busiest = max(busy, key=lambda stage: busy[stage])
-    return Prediction(load_free, busy["lift"], share_busy, load_busy, busiest if 2 * busy[busiest] >= load_free else "order")
+    return _conclude(load_free, max(lift_busy.values(), default=0.0), share_busy, load_busy)
+
+
+def _conclude(seconds: float, lift: float, share: float, load: float) -> Prediction:
+    busiest, busy = max((("lift", lift), ("share", share), ("load", load)), key=lambda stage: stage[1])
+    return Prediction(seconds, lift, share, load, busiest if 2 * busy >= seconds else "order")

@@ -56,10 +56,10 @@ class Draft:
         self.owners = frozenset(piece.owner for piece in self.pieces)
 
 
-def pack(units: list[list[Held]], bucket_bytes: int) -> list[Draft]:
+def pack(units: list[list[Held]], fill_bytes: int) -> list[Draft]:
     """Buckets in the model's order, not cut into pieces yet (`Draft.finish`). One has no bytes only if no tensor has any.
 
-    Fill buckets of `bucket_bytes` with the units of each owner, in order, across layers.
+    Fill buckets of `fill_bytes` with the units of each owner, in order, across layers.
 
     A unit that is larger, or of several owners, gets a bucket of its own. The bucket that is being filled stays open
     beside it until the layer ends: the small tensors around large ones then share a bucket, none far ahead of its layer.
@@ -77,16 +77,16 @@ def pack(units: list[list[Held]], bucket_bytes: int) -> list[Draft]:
             continue
         owner, layer = full[0].owner, layer_of(full[0].tensor.name)
         size = sum(aligned(held.nbytes) for held in full)
-        alone = size > bucket_bytes or full[-1].owner != owner
+        alone = size > fill_bytes or full[-1].owner != owner
         current = filling.get(owner)
         if current and (
             (current.passed and current.layer != layer)
-            or (current.last + 1 < position and 4 * current.nbytes >= 3 * bucket_bytes and current.layer != layer)
+            or (current.last + 1 < position and 4 * current.nbytes >= 3 * fill_bytes and current.layer != layer)
         ):
             current = None
         if alone and current:
             current.passed = True
-        if current is None or alone or aligned(current.nbytes) + size > bucket_bytes:
+        if current is None or alone or aligned(current.nbytes) + size > fill_bytes:
             newest = Draft(position, owner, layer)
             drafts.append(newest)
             if not alone:

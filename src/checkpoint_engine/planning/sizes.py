@@ -9,8 +9,7 @@ from checkpoint_engine.planning.plan import ALIGNMENT
 from checkpoint_engine.settings import KIB, MIB
 
 CUDA_BUCKET = 128 * MIB
-"""At least so much is loaded in one go on cuda: a message there and back, a call of the engine and a synchronisation cost
-the same for a bucket of any size."""
+"""A tensor up to this size travels in the ring on cuda, where the next ones overlap with it: the matrices of an 8 B model."""
 _SMALLEST = 4 * KIB
 
 
@@ -29,7 +28,7 @@ def preferred_piece(device: str, world_size: int) -> int:
 
 
 def preferred_bucket(device: str, world_size: int) -> int:
-    """Bytes of a bucket where memory does not matter; the reasons are at `default_sizes`."""
+    """Bytes of the largest bucket in the ring where memory does not matter; the reasons are at `default_sizes`."""
     piece = preferred_piece(device, world_size)
     return max(CUDA_BUCKET, piece) if device == "cuda" else piece
 
@@ -49,8 +48,8 @@ def default_sizes(
     cuda  pieces of 64 MiB (on 2 x H200 larger ones gained nothing and 32 MiB lost 10 %), growing with the ranks to
           256 MiB. A broadcast reaches the last rank world_size hops late; a hop of 3 us at 300 GB/s costs the time of
           1 MiB; so W ranks get pieces of W MiB, to lose no more than half, and from 256 ranks on memory is worth more
-          than the rest. Buckets of CUDA_BUCKET, or of one piece where that is more, and a ring of 3: one being shared,
-          one being loaded, one between them.
+          than the rest. Buckets of CUDA_BUCKET at
+          most, filled up to a piece, and a ring of 3: 384 MiB, six full buckets.
     cpu   pieces and buckets of 16 MiB, to stay in or near the caches, and a ring of 4, as threads wake up late.
 
     A piece is never larger than a bucket. The ring, and on cuda with several ranks 2 more pieces of staging, take at most

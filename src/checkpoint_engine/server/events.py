@@ -6,7 +6,7 @@ import dataclasses
 
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.transport import messages as m
-from checkpoint_engine.transport.session import WorkerChannel
+from checkpoint_engine.transport.session import WorkerChannel, dismiss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +15,10 @@ class WorkerCame:
 
     channel: WorkerChannel
     hello: m.Hello
+
+    def send_off(self, reason: str) -> None:
+        dismiss(self.channel, reason)
+        self.channel.close()
 
 
 @dataclasses.dataclass(frozen=True)

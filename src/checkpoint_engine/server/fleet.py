@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import queue
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from checkpoint_engine.devices.base import Closing, Device
-from checkpoint_engine.errors import DeadlineError, PeerLostError, SettingsError
+from checkpoint_engine.errors import DeadlineError, PeerLostError, SettingsError, UpdateError
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.collective import Collective, join
 from checkpoint_engine.transport.links import Links
@@ -52,20 +53,19 @@ class Fleet(Closing):
             if self.world_size == 1:
                 self._store = dist.HashStore()  # type: ignore[attr-defined]
             else:
-                addr, port = self._master()
-                seconds = self._settings.join_timeout
-                try:
-                    self._store = dist.TCPStore(  # type: ignore[attr-defined]
-                        addr,
-                        port + 1,
-                        is_master=self.rank == LEADER,
-                        timeout=datetime.timedelta(seconds=seconds),
-                        wait_for_workers=False,
-                    )
-                except RuntimeError as e:
-                    reason = str(e).splitlines()[0]
-                    raise DeadlineError(f"the store of rank {LEADER} at {addr}:{port + 1} ({reason})", seconds) from e
+                self._store = self._connect(is_master=self.rank == LEADER)
         return self._store
+
+    def _connect(self, *, is_master: bool) -> Store:
+        addr, port = self._master()
+        seconds = self._settings.join_timeout
+        try:
+            return dist.TCPStore(  # type: ignore[attr-defined]
+                addr, port + 1, is_master=is_master, timeout=datetime.timedelta(seconds=seconds), wait_for_workers=False
+            )
+        except RuntimeError as e:
+            reason = str(e).splitlines()[0]
+            raise DeadlineError(f"the store of rank {LEADER} at {addr}:{port + 1} ({reason})", seconds) from e
 
     @property
     def address(self) -> str:
@@ -85,13 +85,23 @@ class Fleet(Closing):
     def collective(self, device: Device, generation: int) -> Collective | None:
         """Communicator number `generation`: all ranks must ask for the same one. None in a world of one.
 
-        Raises PeerLostError as soon as a rank is gone, DeadlineError when one does not come.
+        Raises PeerLostError as soon as a rank is gone, UpdateError when one says that it failed, DeadlineError when one does
+        not come.
         """
         if self.world_size == 1:
             return None
         made: queue.SimpleQueue[Collective | BaseException] = queue.SimpleQueue()
-        # Joining blocks inside a library. A thread of its own leaves this one free to hear who died.
-        threading.Thread(target=self._join, args=(device, generation, made), name="join", daemon=True).start()
+        gone = threading.Event()  # nobody waits any more
+        # Joining blocks inside a library. A thread of its own leaves this one free to hear who died or cannot come.
+        threading.Thread(target=self._join, args=(device, generation, made, gone), name="join", daemon=True).start()
+        try:
+            return self._await_joined(made)
+        except BaseException:
+            gone.set()
+            _close_unclaimed(made)
+            raise
+
+    def _await_joined(self, made: queue.SimpleQueue[Collective | BaseException]) -> Collective:
         deadline = time.monotonic() + self._settings.join_timeout + 1
         while True:
             try:
@@ -106,10 +116,14 @@ class Fleet(Closing):
                 raise result
             self._blame(0.0)
 
-    def _join(self, device: Device, generation: int, made: queue.SimpleQueue[Collective | BaseException]) -> None:
+    def _join(
+        self, device: Device, generation: int, made: queue.SimpleQueue[Collective | BaseException], gone: threading.Event
+    ) -> None:
         try:
             device.bind_thread()
-            store = dist.PrefixStore(f"checkpoint-engine/collective/{generation}", self.store)  # type: ignore[attr-defined]
+            # A client of its own: waiting in it holds up all others that use it, also after this was given up.
+            client = self._connect(is_master=False)
+            store = dist.PrefixStore(f"checkpoint-engine/collective/{generation}", client)  # type: ignore[attr-defined]
             made.put(
                 join(
                     device,
@@ -123,12 +137,17 @@ class Fleet(Closing):
             )
         except BaseException as e:  # raised again by whoever waits
             made.put(e)
+        if gone.is_set():
+            _close_unclaimed(made)
 
     def _blame(self, seconds: float) -> None:
-        """Raises PeerLostError if some rank's link breaks within `seconds`: the cause of most other errors."""
+        """Raises PeerLostError if some rank's link breaks within `seconds`, UpdateError if some rank says that it failed:
+        the cause of most other errors."""
         deadline = time.monotonic() + seconds
-        while not (lost := self.links.lost) and time.monotonic() < deadline:
+        while not (lost := self.links.lost) and not self.links.failure and time.monotonic() < deadline:
             time.sleep(0.01)
+        if failure := self.links.failure:
+            raise UpdateError(rank=failure.rank, host=failure.host, stage=failure.stage, reason=failure.reason)
         for rank, reason in lost.items():
             raise PeerLostError(f"the server of rank {rank}", reason)
 
@@ -147,3 +166,9 @@ class Fleet(Closing):
         if self._links is not None:
             self._links.close()
         self._links = self._store = None
+
+
+def _close_unclaimed(made: queue.SimpleQueue[Collective | BaseException]) -> None:
+    with contextlib.suppress(queue.Empty):
+        if isinstance(late := made.get_nowait(), Collective):
+            late.close()

@@ -95,7 +95,7 @@ class Gatherer:
 
     def plan(self, name: str) -> tuple[Manifest, Plan]:
         """The same on all ranks. Raises CheckpointNotFoundError before `gather`."""
-        if name not in self._manifests:
+        if name not in self._manifests or name not in self._sizes:
             raise CheckpointNotFoundError(name, "in what gather_metas agreed on: call gather_metas first")
         manifest, sizes = self._manifests[name], self._sizes[name]
         key = (manifest.layout_digest, sizes)
@@ -127,5 +127,6 @@ class Gatherer:
 
     def forget(self, name: str) -> None:
         self._manifests.pop(name, None)
+        self._sizes.pop(name, None)
         if self._current == name:
             self._current = None

@@ -79,6 +79,12 @@ class Lane(Closing):
             log.warning("rank %d: the communicator could not be brought level: %s", self.rank, e)
             return False
 
+    def finish_lifts(self, seconds: float) -> None:
+        """Wait for what still reads the regions: their owner may unregister them next."""
+        with contextlib.suppress(Exception):  # what failed reads no more
+            if not self.lifting.record().wait(seconds):
+                log.warning("rank %d: copies from host memory still run after %g s", self.rank, seconds)
+
     def abandon(self) -> None:
         """Give up the communicator, and with it all memory that it may still write to."""
         self.damaged = True

@@ -10,8 +10,8 @@ from checkpoint_engine.transport.links import Links
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True):
-    """plan: its digest. generation: of the communicator that this rank has or wants. where, regions: for ranks of
-    the same host to open (None: they cannot). error: why this rank cannot take part."""
+    """host: for messages. plan: its digest. generation: of the communicator that this rank has or wants. where, regions:
+    for ranks of the same host to open (None: they cannot). error: why this rank cannot take part."""
 
     checkpoint: str
     plan: str
@@ -19,6 +19,7 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     device: str
     handle: str
     generation: int
+    host: str
     where: str = ""
     regions: tuple[SharedRegion, ...] | None = None
     error: str = ""
@@ -34,9 +35,11 @@ def exchange_offers(links: Links, mine: Offer, seconds: float) -> list[Offer]:
     offers = [msgspec.msgpack.decode(p, type=Offer) for p in payloads]
     for rank, offer in enumerate(offers):
         if offer.error:
-            raise AgreementError(f"rank {rank} cannot take part in the update: {offer.error}")
+            raise AgreementError(f"rank {rank} ({offer.host}) cannot take part in the update: {offer.error}")
         for field in ("checkpoint", "plan"):
             theirs, leaders = getattr(offer, field), getattr(offers[0], field)
             if theirs != leaders:
-                raise AgreementError(f"rank {rank} wants to update with {field} {theirs!r}, rank 0 with {leaders!r}")
+                raise AgreementError(
+                    f"rank {rank} ({offer.host}) wants to update with {field} {theirs!r}, rank 0 with {leaders!r}"
+                )
     return offers

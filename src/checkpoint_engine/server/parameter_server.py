@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +68,12 @@ class ParameterServer:
         self._device.bind_thread()
         self._fleet = Fleet(self._rank, self._world_size, self._settings, master_addr, master_port)
         self._registered_memory: dict[int, Any] = {}
-        self._registry = Registry(self._settings, on_create=self._register_memory, on_destroy=self._unregister_memory)
+        self._registry = Registry(
+            self._settings,
+            on_create=self._register_memory,
+            on_destroy=self._unregister_memory,
+            on_map=lambda region: self._device.place(region.tensor),
+        )
         self._gatherer = Gatherer(self._fleet, self._device, self._settings)
         self._keeper = Keeper(self._fleet, self._device)
         self._updater = Updater(self._fleet, self._device, self._keeper, self._gatherer, self._registry)
@@ -194,10 +200,16 @@ class ParameterServer:
             settings = self._settings if timeout is None else self._settings.replace(timeout=timeout.total_seconds())
             return self._updater.update(checkpoint_name, req_func, settings, version, progress)
         finally:
-            if self._auto_pg and self._owns_default_group and dist.is_initialized():
+            try:
+                self._end_default_group()
+            finally:
+                self._updating.release()
+
+    def _end_default_group(self) -> None:
+        if self._auto_pg and self._owns_default_group:
+            self._owns_default_group = False
+            if dist.is_initialized():
                 dist.destroy_process_group()
-                self._owns_default_group = False
-            self._updating.release()
 
     def push(
         self,
@@ -224,9 +236,10 @@ class ParameterServer:
 
     def close(self) -> None:
         """Give everything back: device memory, checkpoints, links. The default group stays the caller's."""
-        self._keeper.close()
-        self._registry.close()
-        self._fleet.close()
+        with contextlib.ExitStack() as stack:  # each, whatever the others raise
+            stack.callback(self._fleet.close)
+            stack.callback(self._registry.close)
+            stack.callback(self._keeper.close)
 
     def __enter__(self) -> Self:
         return self

@@ -104,6 +104,7 @@ class Pass:
     def _guard(self, stage: str, part: Callable[[], None]) -> None:
         try:
             self._lane.device.bind_thread()
+            self._lane.device.stay_near()
             part()
         except (PassError, Stopped) as e:
             self._fail(e)

@@ -7,10 +7,8 @@ passes, lets them commit, and ends the update. News of a failure goes from the r
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -22,17 +20,16 @@ from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.server.events import PassEnded, RequestDone, SessionFailed, WorkerCame
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.leader import Leader
+from checkpoint_engine.server.level import LEVEL_SECONDS, level
 from checkpoint_engine.server.pipeline import Pass, PassError
 from checkpoint_engine.server.report import merge
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport import messages as m
 from checkpoint_engine.transport.links import LEFT, Inbox, Links
 from checkpoint_engine.transport.meeting import LEADER
-from checkpoint_engine.transport.session import WorkerChannel
+from checkpoint_engine.transport.session import WorkerChannel, dismiss
 
 log = logging.getLogger(__name__)
-LEVEL_SECONDS = 5.0
-"""After a failure: how long the others' answer and the broadcasts in flight may take before the communicator is given up."""
 CAUSE_SECONDS = 0.25
 """An engine's request fails because its worker did; the worker's own words, on their way here, say more."""
 
@@ -53,7 +50,8 @@ class _Fail(Exception):
 
 
 class UpdateRun:
-    """inbox: of this update. make_pass: the kind of pass. device: uuid a worker on this rank must have, None: not checked."""
+    """inbox: of this update. hosts: of all ranks, for messages. make_pass: the kind of pass. device: uuid a worker on this
+    rank must have, None: not checked."""
 
     def __init__(
         self,
@@ -63,6 +61,7 @@ class UpdateRun:
         lane: Lane,
         regions: list[torch.Tensor],
         links: Links,
+        hosts: list[str],
         settings: Settings,
         make_pass: Callable[..., Pass] = Pass,
         device: str | None = None,
@@ -71,7 +70,7 @@ class UpdateRun:
         self._inbox, self._number = inbox, inbox.update
         self._version, self._plan, self._lane, self._regions = version, plan, lane, regions
         self._links, self._settings, self._device, self._progress = links, settings, device, progress
-        self._make_pass = make_pass
+        self._make_pass, self._hosts = make_pass, hosts
         self._rank = links.rank
         self._deadline = time.monotonic() + settings.timeout
         self._workers: collections.deque[WorkerCame] = collections.deque()
@@ -108,7 +107,7 @@ class UpdateRun:
                 rank=failure.rank, host=failure.host, stage=failure.stage, reason=failure.reason, dirty=self._dirty
             ) from None
         except BaseException as e:  # Ctrl-C, or a mistake of ours: the others must not wait for this rank
-            self._abort(self._fail("update", f"{type(e).__name__}: {e}").failure, announced=False)
+            self._abort(self._failure("update", f"{type(e).__name__}: {e}"), announced=False)
             raise
         finally:
             self._join_request()
@@ -132,9 +131,7 @@ class UpdateRun:
         """Send off workers that came when nobody was waiting for them any more."""
         while (entry := self._inbox.get(seconds)) is not None:
             if isinstance(entry[1], WorkerCame):
-                with contextlib.suppress(CheckpointEngineError):
-                    entry[1].channel.send(m.Abort("the update is over"), seconds=1.0)
-                entry[1].channel.close()
+                entry[1].send_off("the update is over")
 
     def _step(self, deadline: float) -> m.End | None:
         """Take one message or event. Returns the leader's End."""
@@ -146,12 +143,16 @@ class UpdateRun:
         if (entry := self._inbox.get(wake - time.monotonic())) is None:
             self._check_deadlines(deadline)
             return None
-        return self._handle(*entry)
+        try:
+            return self._handle(*entry)
+        except CheckpointEngineError as e:  # a link broke under a message, or a rank spoke out of turn
+            self._await_cause()
+            raise self._fail("update", str(e)) from e
 
     def _check_deadlines(self, deadline: float) -> None:
         if self._leader is not None and (late := self._leader.overdue(time.monotonic())):
             rank, stage, error = late
-            raise _Fail(m.Failure(self._number, rank, "?", stage, str(error)), announced=False)
+            raise self._fail(stage, str(error), rank)
         if time.monotonic() >= deadline:
             waited_for = self._leader.waiting_for() if self._leader else f"rank {LEADER} to end the update"
             raise self._fail("update", str(DeadlineError(waited_for, self._settings.timeout)))
@@ -183,8 +184,7 @@ class UpdateRun:
             case m.Lost(reason=reason) if reason == LEFT:
                 pass  # it has seen the end of this update already, or its Failure came first
             case m.Lost(rank=rank, reason=reason):
-                gone = m.Failure(self._number, rank, "?", "update", f"the server of rank {rank} is gone ({reason})")
-                raise _Fail(gone, announced=False)
+                raise self._fail("update", f"the server of rank {rank} is gone ({reason})", rank)
             case m.Stopped():
                 self._inbox.put(sender, event)  # _level counts it
                 self._await_cause()
@@ -212,9 +212,9 @@ class UpdateRun:
     # --- passes --------------------------------------------------------------------------------------------------------
 
     def _welcome(self, worker: WorkerCame) -> None:
+        self._workers.append(worker)
         if self._device is not None and worker.hello.device != self._device:
             raise self._fail("attach", f"a worker on {worker.hello.device} took the handle of {self._device} (rank {self._rank})")
-        self._workers.append(worker)
         self._asked += 1
         self._links.send(LEADER, m.Waiting(self._number, self._asked))
 
@@ -245,6 +245,8 @@ class UpdateRun:
             stats = running.run()
         except CheckpointEngineError as e:
             error = e
+        except Exception as e:  # nobody else would hear of it
+            error = PassError("update", f"{type(e).__name__}: {e}")
         self._put(PassEnded(stats, error))
 
     def _commit(self) -> None:
@@ -263,8 +265,13 @@ class UpdateRun:
 
     # --- failure -------------------------------------------------------------------------------------------------------
 
-    def _fail(self, stage: str, reason: str) -> _Fail:
-        return _Fail(m.Failure(self._number, self._rank, socket.gethostname(), stage, reason), announced=False)
+    def _fail(self, stage: str, reason: str, rank: int | None = None) -> _Fail:
+        return _Fail(self._failure(stage, reason, rank), announced=False)
+
+    def _failure(self, stage: str, reason: str, rank: int | None = None) -> m.Failure:
+        """rank: whose fault it is; None: this one's."""
+        rank = self._rank if rank is None else rank
+        return m.Failure(self._number, rank, self._hosts[rank], stage, reason)
 
     def _abort(self, failure: m.Failure, announced: bool) -> None:
         """Tell everybody, stop this rank's pass, tell its workers, and leave the communicator consistent or give it up."""
@@ -272,34 +279,18 @@ class UpdateRun:
             self._links.tell(failure, to_self=False)
         if self._pass is not None:
             self._pass.stop()
-            self._dirty = self._dirty or self._pass.loads_sent > 0
         text = str(UpdateError(rank=failure.rank, host=failure.host, stage=failure.stage, reason=failure.reason))
         self._dismiss(text)
-        self._level()
+        self._dirty = self._dirty or (self._pass is not None and self._pass.loads_sent > 0)
+        if self._pass_thread is not None and self._pass_thread.is_alive():
+            self._lane.abandon()
+        level(self._inbox, self._links, self._lane, self._plan, self._dirty, text)
 
     def _dismiss(self, reason: str) -> None:
         channels = [w.channel for w in self._workers] + ([self._pass_worker] if self._pass_worker else [])
         for channel in channels:
-            with contextlib.suppress(CheckpointEngineError):
-                channel.send(m.Abort(reason), seconds=1.0)
+            dismiss(channel, reason)
         if self._pass_thread is not None:
             self._pass_thread.join(LEVEL_SECONDS)
         for channel in channels:
             channel.close()
-
-    def _level(self) -> None:
-        """Bring all ranks' communicators to the same broadcast; without every rank's word, give the communicator up."""
-        if self._pass_thread is not None and self._pass_thread.is_alive():
-            self._lane.abandon()
-        deadline = time.monotonic() + LEVEL_SECONDS
-        self._links.tell(m.Stopped(self._number, self._lane.posted, self._dirty))
-        posted: dict[int, int] = {}
-        while len(posted) < self._links.world_size and not self._links.lost:
-            if (entry := self._inbox.get(deadline - time.monotonic())) is None:
-                break
-            if isinstance(entry[1], m.Stopped):
-                posted[entry[0]] = entry[1].posted
-        complete = len(posted) == self._links.world_size and not self._lane.damaged
-        if not complete or not self._lane.level(self._plan, max(posted.values()), max(0.1, deadline - time.monotonic())):
-            log.warning("rank %d: giving up the communicator; the next update makes a new one", self._rank)
-            self._lane.abandon()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from checkpoint_engine.devices.base import Device
-from checkpoint_engine.errors import AgreementError, CheckpointEngineError
+from checkpoint_engine.errors import AgreementError, CheckpointEngineError, UpdateError
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.memory.registry import Registry
@@ -21,12 +22,14 @@ from checkpoint_engine.server.events import SessionFailed, WorkerCame
 from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.gather import Gatherer
 from checkpoint_engine.server.keeper import Keeper
+from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.mapped import MappedPass, OpenRegions, SharedRegion, describe, whereabouts
 from checkpoint_engine.server.offer import Offer, exchange_offers
 from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.server.report import StageReport, UpdateReport, slowest
 from checkpoint_engine.server.update import RequestFunction, UpdateRun
 from checkpoint_engine.settings import Settings
+from checkpoint_engine.transport.messages import Failure
 from checkpoint_engine.transport.session import SessionListener
 
 log = logging.getLogger(__name__)
@@ -73,11 +76,11 @@ class Updater:
             )
             prepared = self._prepare(stack, name, settings)
             offers = exchange_offers(links, self._offer(prepared, name, version, listener.handle), settings.join_timeout)
-            if isinstance(prepared, CheckpointEngineError):
+            if isinstance(prepared, Exception):
                 raise prepared
             plan = prepared.plan
             mapped = self._map_regions(stack, offers, prepared.manifest, settings)
-            lane = self._keeper.lane if mapped else self._keeper.join(max(o.generation for o in offers))
+            lane = self._keeper.lane if mapped else self._join(number, offers)
             run = UpdateRun(
                 inbox,
                 offers[0].version,
@@ -85,6 +88,7 @@ class Updater:
                 lane,
                 [region.tensor for region in prepared.regions],
                 links,
+                [offer.host for offer in offers],
                 settings,
                 partial(MappedPass, mapped) if mapped else Pass,
                 self._device.uuid if self._device.kind != "cpu" else None,
@@ -105,13 +109,30 @@ class Updater:
         log.info("rank %d: %s", self._fleet.rank, report)
         return report
 
+    def _join(self, number: int, offers: list[Offer]) -> Lane:
+        """The lane with the communicator; who cannot join it says so, for the others wait for it there or in the update."""
+        links, generation = self._fleet.links, max(offer.generation for offer in offers)
+        try:
+            return self._keeper.join(generation)
+        except BaseException as e:
+            # The store still holds what was written for this one, and some rank may have joined it.
+            self._keeper.generation = max(self._keeper.generation, generation) + 1
+            if isinstance(e, UpdateError):  # another rank's, which told everybody
+                raise
+            reason = str(e) if isinstance(e, CheckpointEngineError) else f"{type(e).__name__}: {e}"
+            host = offers[links.rank].host
+            links.tell(Failure(number, links.rank, host, "join", reason), to_self=False)
+            if not isinstance(e, Exception):
+                raise
+            raise UpdateError(rank=links.rank, host=host, stage="join", reason=reason) from e
+
     def _give_back(self, name: str, settings: Settings) -> None:
         """After a good update only: after a failure some worker may still have the ring mapped."""
         self._keeper.settle(self._gatherer.ring_bytes(name))
         if settings.free_after_update:
             self._keeper.free()
 
-    def _prepare(self, stack: contextlib.ExitStack, name: str, settings: Settings) -> _Prepared | CheckpointEngineError:
+    def _prepare(self, stack: contextlib.ExitStack, name: str, settings: Settings) -> _Prepared | Exception:
         """Everything on this rank that can fail before the others need to know; a failure travels in the offer."""
         try:
             manifest, plan = self._gatherer.plan(name)
@@ -125,14 +146,15 @@ class Updater:
             self._keeper.prepare(plan)
             shared = describe(regions) if settings.map_regions and self._device.kind == "cpu" else None
             return _Prepared(manifest, plan, regions, shared)
-        except CheckpointEngineError as e:
+        except Exception as e:  # of any kind: the others must not wait for this rank
             if self._fleet.world_size == 1:
                 raise
             return e
 
-    def _offer(self, prepared: _Prepared | CheckpointEngineError, name: str, version: str | None, handle: str) -> Offer:
-        offer = Offer(name, "", version or "", self._device.uuid, handle, self._keeper.generation, whereabouts())
-        if isinstance(prepared, CheckpointEngineError):
+    def _offer(self, prepared: _Prepared | Exception, name: str, version: str | None, handle: str) -> Offer:
+        host = socket.gethostname()
+        offer = Offer(name, "", version or "", self._device.uuid, handle, self._keeper.generation, host, whereabouts())
+        if isinstance(prepared, Exception):
             return msgspec.structs.replace(offer, error=f"{type(prepared).__name__}: {prepared}")
         return msgspec.structs.replace(
             offer,

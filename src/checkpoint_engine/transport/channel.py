@@ -38,8 +38,12 @@ MAX_DESCRIPTORS = 200
 class Channel(Closing, Generic[Incoming]):
     """One end of a connection to `peer` (a name for errors), receiving messages of type `incoming`.
 
-    One thread may send while another receives. `shutdown` ends both from a third.
+    Several threads may send while another receives. `shutdown` ends them all from yet another.
+
+    limit  bytes of a message that is taken; lower it until the peer has said who it is
     """
+
+    limit = MAX_FRAME
 
     def __init__(self, sock: socket.socket, peer: str, incoming: type[Incoming], seconds: float) -> None:
         """Exchanges preambles. Raises ProtocolError, DeadlineError, PeerLostError; closes the socket then."""
@@ -71,28 +75,40 @@ class Channel(Closing, Generic[Incoming]):
             raise ProtocolError(f"{self.peer} speaks protocol version {version}, not {PROTOCOL}: install one release on both")
 
     def send(self, message: Message, descriptors: tuple[int, ...] = (), *, seconds: float) -> None:
-        """Raises DeadlineError when the peer does not take it in time, PeerLostError when it is gone."""
+        """Raises DeadlineError when the peer does not take it in time, PeerLostError when it is gone, ProtocolError when it
+        is too long. A message that was cut off ends the conversation: what came after it could not be told apart."""
         body = self._encoder.encode(message)
+        if len(body) > MAX_FRAME:
+            raise ProtocolError(f"a {type(message).__name__} of {len(body)} bytes for {self.peer}; {MAX_FRAME} is the limit")
         self._send(LENGTH.pack(len(body)) + body, descriptors, seconds)
 
     def _send(self, data: bytes, descriptors: tuple[int, ...], seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        rest = memoryview(data)
-        with self._sending:
-            while rest:
-                try:
-                    if descriptors:
-                        sent = socket.send_fds(self.socket, [rest], list(descriptors))
-                        descriptors = ()
-                    else:
-                        sent = self.socket.send(rest, socket.MSG_NOSIGNAL)
-                except BlockingIOError:
-                    if not self._poll(select.POLLOUT, deadline):
-                        raise DeadlineError(f"{self.peer} to take a message", seconds) from None
-                    continue
-                except OSError as e:
-                    raise PeerLostError(self.peer, str(e)) from e
-                rest = rest[sent:]
+        if not self._sending.acquire(timeout=seconds):  # another thread's message is not taken either
+            raise DeadlineError(f"{self.peer} to take a message", seconds)
+        try:
+            self._send_all(memoryview(data), descriptors, deadline, seconds)
+        finally:
+            self._sending.release()
+
+    def _send_all(self, data: memoryview, descriptors: tuple[int, ...], deadline: float, seconds: float) -> None:
+        rest = data
+        while rest:
+            try:
+                if descriptors:
+                    sent = socket.send_fds(self.socket, [rest], list(descriptors))
+                    descriptors = ()
+                else:
+                    sent = self.socket.send(rest, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                if not self._poll(select.POLLOUT, deadline):
+                    if len(rest) < len(data):
+                        self.shutdown()
+                    raise DeadlineError(f"{self.peer} to take a message", seconds) from None
+                continue
+            except OSError as e:
+                raise PeerLostError(self.peer, str(e)) from e
+            rest = rest[sent:]
 
     def receive(self, *, seconds: float, waiting_for: str = "a message") -> Incoming:
         """The next message. Raises DeadlineError, PeerLostError, ProtocolError."""
@@ -131,8 +147,8 @@ class Channel(Closing, Generic[Incoming]):
         if len(self._buffer) < LENGTH.size:
             return None
         (length,) = LENGTH.unpack_from(self._buffer)
-        if length > MAX_FRAME:
-            raise ProtocolError(f"{self.peer} announced a message of {length} bytes; {MAX_FRAME} is the limit")
+        if length > self.limit:
+            raise ProtocolError(f"{self.peer} announced a message of {length} bytes; {self.limit} is the limit")
         end = LENGTH.size + length
         if len(self._buffer) < end:
             return None

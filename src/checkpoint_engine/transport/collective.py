@@ -111,4 +111,7 @@ class GlooCollective(Collective):
         self._abandoned.set()
 
     def close(self) -> None:
-        pass  # the group goes with the last reference
+        """An abandoned group is dropped by a thread of its own: that waits for the broadcasts in it, up to their deadline."""
+        held, self._group = [self._group], None
+        if self._abandoned.is_set():
+            threading.Thread(target=held.clear, name="drop", daemon=True).start()

@@ -20,13 +20,15 @@ from checkpoint_engine.devices.base import Closing
 from checkpoint_engine.errors import AgreementError, CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.meeting import LEADER, LinkChannel, meet
-from checkpoint_engine.transport.messages import Give, Given, Goodbye, Introduce, Lost, OverLink, Withdrawn
+from checkpoint_engine.transport.messages import Failure, Give, Given, Goodbye, Introduce, Lost, OverLink, Withdrawn
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 log = logging.getLogger(__name__)
 LEFT = "it left in good order"
+CROSSING_SECONDS = 1.0
+"""How long a member that gives up waits for the leader's last word."""
 
 
 class Inbox:
@@ -34,9 +36,12 @@ class Inbox:
 
     def __init__(self, update: int) -> None:
         self.update = update
+        self.failure: Failure | None = None  # the first one that came, whether or not it was taken out
         self._queue: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
 
     def put(self, rank: int, message: object) -> None:
+        if isinstance(message, Failure):
+            self.failure = self.failure or message
         self._queue.put((rank, message))
 
     def get(self, seconds: float) -> tuple[int, object] | None:
@@ -92,9 +97,10 @@ class Links(Closing):
         try:
             for message in channel.drain():
                 self._dispatch(peer, message)
-        except CheckpointEngineError as e:
+        except Exception as e:  # of any kind: this thread reads for all the others
             self._selector.unregister(channel)
-            self._lose(peer, str(e))
+            channel.shutdown()  # the peer must hear that nobody listens to it any more
+            self._lose(peer, str(e) if isinstance(e, CheckpointEngineError) else f"{type(e).__name__}: {e}")
 
     def _dispatch(self, peer: int, message: OverLink) -> None:
         with self._changed:
@@ -128,6 +134,12 @@ class Links(Closing):
         """Ranks whose link is gone, and why."""
         with self._changed:
             return dict(self._lost)
+
+    @property
+    def failure(self) -> Failure | None:
+        """What another rank says of the update that is going on; only its inbox is kept."""
+        with self._changed:
+            return next((inbox.failure for inbox in self._inboxes.values() if inbox.failure), None)
 
     def send(self, rank: int, message: OverLink) -> None:
         """To one rank; to this rank itself it goes straight to the inbox. Raises PeerLostError."""
@@ -178,6 +190,9 @@ class Links(Closing):
         with self._changed:
             self._round += 1
             number = self._round
+            for kept in (self._answers, self._given):  # what came too late for a round that was given up
+                for late in [n for n in kept if n < number]:
+                    del kept[late]
         mine = Give(number, what, payload)
         if self.rank == LEADER:
             self._dispatch(self.rank, mine)
@@ -190,11 +205,12 @@ class Links(Closing):
         everybody: set[int] = set(range(self.world_size))
         try:
             with self._changed:
+                self._check_round(mine, {LEADER})
                 while missing := everybody - set(self._given[number]):
-                    self._check_round(number, missing)
+                    self._check_round(mine, missing)
                     if not self._changed.wait(max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
                         raise DeadlineError(f"ranks {sorted(missing)} to reach {mine.what}", seconds)
-                self._check_round(number, ())
+                self._check_round(mine, {LEADER})
                 parts = self._given[number]
             for rank, part in parts.items():
                 if part.what != mine.what:
@@ -211,29 +227,40 @@ class Links(Closing):
         self.tell(answer, to_self=False)
         return answer.payloads
 
-    def _check_round(self, number: int, missing: Collection[int]) -> None:
+    def _check_round(self, mine: Give, missing: Collection[int]) -> None:
         for rank in missing:
             if rank in self._lost:
                 raise PeerLostError(f"rank {rank}", self._lost[rank])
-        if isinstance(answer := self._answers.pop(number, None), Withdrawn):
-            raise AgreementError(answer.reason)
+        if isinstance(answer := self._answers.pop(mine.round, None), Withdrawn):
+            # A member does not know whom else it waited for.
+            raise AgreementError(f"{answer.reason} waiting for ranks {sorted(missing)} to reach {mine.what}")
 
     def _await_answer(self, mine: Give, seconds: float) -> tuple[bytes, ...]:
         deadline = time.monotonic() + seconds
         try:
             with self._changed:
                 while mine.round not in self._answers:
-                    self._check_round(mine.round, {LEADER})
+                    if LEADER in self._lost:
+                        raise PeerLostError(f"rank {LEADER}", self._lost[LEADER])
                     if not self._changed.wait(max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
                         raise DeadlineError(f"rank {LEADER} to reach {mine.what}", seconds)
                 answer = self._answers.pop(mine.round)
-        except DeadlineError as e:
-            with contextlib.suppress(PeerLostError):
-                self.send(LEADER, Withdrawn(mine.round, f"rank {self.rank} {e}"))
-            raise
+        except DeadlineError:
+            if (last := self._withdraw(mine.round, f"rank {self.rank} gave up after {seconds:.3g} s")) is None:
+                raise
+            answer = last
         if isinstance(answer, Withdrawn):
             raise AgreementError(answer.reason)
         return answer.payloads
+
+    def _withdraw(self, number: int, reason: str) -> Given | Withdrawn | None:
+        """Tell the leader. If it is there it answers, and knows who is not. Its answer may also have been on the way already:
+        then the others go on, and so must this rank."""
+        with contextlib.suppress(PeerLostError, DeadlineError):
+            self.send(LEADER, Withdrawn(number, reason))
+        with self._changed:
+            self._changed.wait_for(lambda: number in self._answers or LEADER in self._lost, CROSSING_SECONDS)
+            return self._answers.pop(number, None)
 
     def close(self) -> None:
         if self._closing:

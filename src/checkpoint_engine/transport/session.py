@@ -20,7 +20,7 @@ from checkpoint_engine.devices.base import Closing
 from checkpoint_engine.errors import CheckpointEngineError, PeerLostError, ProtocolError, SettingsError
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.channel import Channel
-from checkpoint_engine.transport.messages import FromServer, FromWorker, Hello
+from checkpoint_engine.transport.messages import Abort, FromServer, FromWorker, Hello
 
 SCHEME = "ipc://"
 MAX_PATH = 107  # bytes of a Unix socket's path
@@ -48,10 +48,15 @@ def prepare_directory(settings: Settings) -> Path:
             f"socket directory {path} has mode {stat.S_IMODE(status.st_mode):o}, looser than {settings.socket_dir_mode:o}: "
             "tighten it or set CHECKPOINT_ENGINE_SOCKET_DIR_MODE"
         )
-    for entry in path.glob("*.sock"):
-        if (match := re.match(r"(\d+)-", entry.name)) and not Path(f"/proc/{match[1]}").exists():
+    for entry in path.glob(f"{_pid_namespace()}-*.sock"):
+        if (match := re.match(r"\d+-(\d+)-", entry.name)) and not Path(f"/proc/{match[1]}").exists():
             entry.unlink(missing_ok=True)
     return path
+
+
+def _pid_namespace() -> int:
+    """Containers that share the directory have each their own pids: what looks dead there may live here."""
+    return os.stat("/proc/self/ns/pid").st_ino
 
 
 class SessionListener(Closing):
@@ -66,7 +71,7 @@ class SessionListener(Closing):
         failed: Callable[[CheckpointEngineError], None],
     ) -> None:
         self._settings, self._rank, self._greeted, self._failed = settings, rank, greeted, failed
-        self._path = prepare_directory(settings) / f"{os.getpid()}-{next(_count)}.sock"
+        self._path = prepare_directory(settings) / f"{_pid_namespace()}-{os.getpid()}-{next(_count)}.sock"
         if len(os.fsencode(self._path)) > MAX_PATH:
             raise SettingsError(f"socket path {self._path} is longer than {MAX_PATH} bytes; set CHECKPOINT_ENGINE_SOCKET_DIR")
         self._path.unlink(missing_ok=True)  # a leftover of a process that had our pid
@@ -76,6 +81,7 @@ class SessionListener(Closing):
             self._path.chmod(0o666)  # the directory's mode and the credentials decide
         self._socket.listen(16)
         self.handle = SCHEME + str(self._path)
+        self._closed = False
         self._thread = threading.Thread(target=self._accept, name="session-listener", daemon=True)
         self._thread.start()
 
@@ -83,7 +89,9 @@ class SessionListener(Closing):
         while True:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:  # closed
+            except OSError as e:
+                if not self._closed:  # out of descriptors, say: no worker can come then
+                    self._failed(PeerLostError(f"the session socket of rank {self._rank}", str(e)))
                 return
             # A thread each: whoever connects and says nothing holds up nobody.
             threading.Thread(target=self._greet, args=(connection,), name="session-greeter", daemon=True).start()
@@ -108,9 +116,14 @@ class SessionListener(Closing):
         except CheckpointEngineError as e:
             self._failed(e)
         else:
-            self._greeted(channel, hello)
+            if self._closed:
+                dismiss(channel, "the update is over")
+                channel.close()
+            else:
+                self._greeted(channel, hello)
 
     def close(self) -> None:
+        self._closed = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept
         self._socket.close()
@@ -137,3 +150,9 @@ def connect(handle: str, seconds: float) -> ServerChannel:
             f"server at {path}", f"{e.strerror or e}; server and worker must see the same directory, with leave to enter it"
         ) from e
     return Channel(sock, f"server at {path}", FromServer, seconds)  # type: ignore[arg-type]
+
+def dismiss(channel: WorkerChannel, reason: str) -> None:
+    """Say why, and end the conversation, from any thread: whoever sends or receives on the channel hears that it is over."""
+    with contextlib.suppress(CheckpointEngineError):
+        channel.send(Abort(reason), seconds=1.0)
+    channel.shutdown()

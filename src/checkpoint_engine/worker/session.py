@@ -133,6 +133,8 @@ class _Session:
                 if not 0 <= message.bucket < len(tables):
                     raise ProtocolError(f"the server sent bucket {message.bucket} of {len(tables)}")
                 self._load(message.bucket, tables[message.bucket], views)
+            while self._queued:
+                self._report(self.settings.timeout)
 
     def _map(self, attach: Attach) -> Iterator[Mapping]:
         descriptors = collections.deque(self.channel.take_descriptors())
@@ -196,7 +198,7 @@ class _Session:
     def _commit(self) -> str:
         commit = self._next("Commit", Commit)
         self.state.commit(commit.version)
-        with contextlib.suppress(PeerLostError):  # committed is committed
+        with contextlib.suppress(CheckpointEngineError):  # committed is committed
             self._send(Committed())
         return commit.version
 

@@ -2,23 +2,93 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from importlib import import_module
 from typing import Any
 
+import torch
+
+from checkpoint_engine.errors import SettingsError
 from checkpoint_engine.worker.session import update_weights_from_ipc
+from checkpoint_engine.worker.state import WeightsState
+from checkpoint_engine.worker.vllm_reload import Reload
+
+log = logging.getLogger(__name__)
 
 
 class VllmColocateWorkerExtension:
-    """Adds `update_weights_from_ipc` to a vLLM worker; called on each through /collective_rpc."""
+    """Adds `update_weights_from_ipc` and `weights_status` to a vLLM worker (0.26 to 0.33), each called through /collective_rpc.
 
+    Neither raises: vLLM's executor would leave the other workers' answers in its queue, and take them for answers to later
+    calls. What failed is in the answer's "error", and was told to the server, too.
+    """
+
+    # Set by vLLM's worker; names of our own begin with checkpoint_engine, because vLLM refuses names that it has itself.
     device: Any
+    rank: int
     local_rank: int
+    vllm_config: Any
+    model_config: Any
     model_runner: Any
 
-    def update_weights_from_ipc(self, zmq_handles: dict[str, str]) -> None:
-        """zmq_handles: device uuid -> handle, of all workers of this engine. Raises WorkerUpdateError."""
-        from checkpoint_engine.devices import get_device
+    def update_weights_from_ipc(self, zmq_handles: dict[str, str]) -> dict[str, Any]:
+        """Take one update. zmq_handles: device uuid -> handle, of all workers of this engine in rank order.
 
-        index = self.device.index if self.device.type == "cuda" else self.local_rank
-        device = get_device(self.device.type, index)
-        handle = zmq_handles[device.uuid] if device.uuid in zmq_handles else list(zmq_handles.values())[self.local_rank]
-        update_weights_from_ipc(None, handle, index, run=self.model_runner.model.load_weights)
+        Returns {"ok", "version", "dirty", "error", "rank", "seconds", "layers", "staged_peak_bytes"}; seconds for all of it;
+        layers: how many were loaded which way.
+        """
+        start = time.perf_counter()
+        answer: dict[str, Any] = {}
+        error = None
+        try:
+            answer = self._checkpoint_engine_update(zmq_handles)
+        except Exception as e:
+            log.exception("checkpoint-engine: the update failed on rank %d", self.rank)
+            error = str(e) or type(e).__name__
+        return {**self.weights_status(), **answer, "ok": error is None, "error": error, "seconds": time.perf_counter() - start}
+
+    def weights_status(self) -> dict[str, Any]:
+        """{"rank", "version", "dirty"}: what this worker serves."""
+        version, dirty = self._checkpoint_engine_state().read()
+        return {"rank": self.rank, "version": version, "dirty": dirty}
+
+    def _checkpoint_engine_state(self) -> WeightsState:
+        state: WeightsState = vars(self).setdefault("_checkpoint_engine_weights", WeightsState())
+        return state
+
+    def _checkpoint_engine_update(self, zmq_handles: dict[str, str]) -> dict[str, Any]:
+        index, handle = self._checkpoint_engine_place(zmq_handles)
+        state = self._checkpoint_engine_state()
+        reload = Reload(self.model_runner.get_model(), self.model_config)
+        configured = import_module("vllm.config").set_current_vllm_config
+        begun = False
+
+        def load(weights: list[tuple[str, torch.Tensor]]) -> None:
+            nonlocal begun
+            if not begun:
+                begun = True
+                reload.begin()
+            reload.load(weights)
+
+        with configured(self.vllm_config), torch.no_grad():
+            try:
+                update_weights_from_ipc(None, handle, index, run=load, post_hook=reload.finish, state=state)
+            except BaseException:
+                reload.abort()
+                raise
+        return {"layers": dict(reload.ways), "staged_peak_bytes": reload.peak_bytes}
+
+    def _checkpoint_engine_place(self, zmq_handles: dict[str, str]) -> tuple[int, str]:
+        """This worker's device number and handle: by the GPU's uuid, or on a CPU, which has none, by its rank in the engine."""
+        if self.device.type == "cuda":
+            from checkpoint_engine.devices import get_device
+
+            uuid = get_device("cuda", self.device.index).uuid
+            if uuid not in zmq_handles:
+                raise SettingsError(f"no handle for rank {self.rank}'s {uuid}, only for {', '.join(zmq_handles)}")
+            return self.device.index, zmq_handles[uuid]
+        handles = list(zmq_handles.values())
+        if not 0 <= self.rank < len(handles):
+            raise SettingsError(f"no handle for rank {self.rank}: there are {len(handles)}")
+        return self.local_rank, handles[self.rank]

@@ -1,0 +1,165 @@
+"""Time a full weight update of a tensor-parallel model through whichever `checkpoint_engine` is on PYTHONPATH.
+
+    PYTHONPATH=<implementation> torchrun --nproc-per-node N side.py MODEL [--rounds 5] [--verify] [--label NAME] [--out FILE]
+
+One parameter server per rank, one worker process per GPU holding a TP=N shard (tpmodel.py) that loads the way vLLM's
+loaders do. Uses only the names of the drop-in contract, so that two implementations run on the same work. A round is
+`gather_metas` + `update` and ends when the slowest rank's worker has returned; parameters are zeroed before each, so that
+`--verify` proves the last round. Memory is compared with the moment before the server was made. Prints a line per
+round and appends a JSON record to FILE.
+"""
+import argparse, json, os, random, statistics, sys, threading, time
+
+import torch
+import torch.multiprocessing as mp
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from tpmodel import TPModel
+from zoo import ZOO, nbytes
+
+GIB = 1 << 30
+
+
+def base_bytes() -> torch.Tensor:
+    """1 GiB of deterministic bf16 noise; every tensor of a model is a view into it."""
+    noise = (torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    return noise.repeat(1 << 5).view(torch.uint8)
+
+
+def source(base: torch.Tensor, index: int, t) -> torch.Tensor:
+    size, rng = nbytes(t), random.Random(index)
+    if size > GIB - 256:
+        return base.repeat(-(-size // GIB))[:size].view(t[2]).view(t[1])
+    off = rng.randrange((GIB - size) // 256 + 1) * 256
+    return base[off:off + size].view(t[2]).view(t[1])
+
+
+def worker(rank, tp, uuid, model, verify, requests, replies):
+    import zmq
+    from checkpoint_engine.worker import update_weights_from_ipc
+    torch.cuda.set_device(rank)
+    spec, ctx = ZOO[model](), zmq.Context()
+    shard = TPModel(spec, tp, rank, "cuda")
+    torch.cuda.synchronize()
+    replies.put("ready")
+    while (paths := requests.get()) is not None:
+        if paths == "zero":
+            for p in shard.p.values():
+                p.zero_()
+            torch.cuda.synchronize()
+            replies.put("zeroed")
+            continue
+        inside = [0.0, 0]
+
+        def load(weights):
+            t = time.perf_counter()
+            shard.load_weights(weights)
+            inside[0] += time.perf_counter() - t
+            inside[1] += 1
+        update_weights_from_ipc(ctx, dict(paths)[uuid], device_id=rank, run=load, post_hook=None)
+        replies.put(inside)
+    wrong = []
+    if verify:
+        base = base_bytes()
+        expected = TPModel(spec, tp, rank, "cuda")
+        expected.load_weights((t[0], source(base, i, t).cuda()) for i, t in enumerate(spec))
+        wrong = [k for k in shard.p if not torch.equal(shard.p[k].view(torch.uint8), expected.p[k].view(torch.uint8))]
+    replies.put(wrong)
+
+
+class Meeting:
+    """A barrier over files that also tells every rank's number, independent of the implementation under test."""
+
+    def __init__(self, rank, world):
+        self.rank, self.world = rank, world
+        self.folder = f"/tmp/side-{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{os.environ['MASTER_PORT']}-{os.getppid()}"
+        os.makedirs(self.folder, exist_ok=True)
+        self.n = 0
+
+    def __call__(self, number: float = 0.0) -> list[float]:
+        self.n += 1
+        mine = f"{self.folder}/{self.n}-{self.rank}"
+        with open(mine + ".tmp", "w") as f:
+            f.write(repr(number))
+        os.rename(mine + ".tmp", mine)
+        names = [f"{self.folder}/{self.n}-{r}" for r in range(self.world)]
+        while not all(map(os.path.exists, names)):
+            time.sleep(0.001)
+        return [float(open(n).read()) for n in names]
+
+
+def main():
+    ap = argparse.ArgumentParser()
+    ap.add_argument("model", choices=list(ZOO))
+    ap.add_argument("--rounds", type=int, default=5)
+    ap.add_argument("--verify", action="store_true")
+    ap.add_argument("--label", default="")
+    ap.add_argument("--out")
+    a = ap.parse_args()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.cuda.set_device(rank)
+    spec, base = ZOO[a.model](), base_bytes()
+    mine, load = {}, [0] * world
+    for i, t in enumerate(spec):                       # balanced by bytes
+        owner = load.index(min(load))
+        load[owner] += nbytes(t)
+        if owner == rank:
+            mine[t[0]] = source(base, i, t)
+    ctx = mp.get_context("spawn")
+    requests, replies = ctx.Queue(), ctx.Queue()
+    uuid = f"GPU-{torch.cuda.get_device_properties(rank).uuid!s}"
+    proc = ctx.Process(target=worker, args=(rank, world, uuid, a.model, a.verify, requests, replies))
+    proc.start()
+    assert replies.get() == "ready"
+    free0 = torch.cuda.mem_get_info()[0]
+    from checkpoint_engine.ps import ParameterServer
+    ps = ParameterServer(auto_pg=True)
+    t0 = time.perf_counter()
+    ps.register_checkpoint("c", named_tensors=mine)
+    registered = time.perf_counter() - t0
+    gb, seconds, extra, inside, meet = sum(load) / 1e9, [], 0, (0.0, 0), Meeting(rank, world)
+    for i in range(a.rounds):
+        requests.put("zero")
+        assert replies.get() == "zeroed"
+        meet()
+        low, stop = [1 << 62], threading.Event()
+
+        def watch():
+            torch.cuda.set_device(rank)            # or this thread makes a context on GPU 0, half a GiB, and counts it
+            while not stop.is_set():
+                low[0] = min(low[0], torch.cuda.mem_get_info()[0])
+                time.sleep(0.005)
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        t0 = time.perf_counter()
+        ps.gather_metas("c")
+        t1 = time.perf_counter()
+        ps.update("c", requests.put)
+        inside = replies.get()
+        t2 = time.perf_counter()
+        stop.set(), watcher.join()
+        total = max(meet(t2 - t0))
+        held = free0 - torch.cuda.mem_get_info()[0]
+        seconds.append((t1 - t0, total))
+        extra = max(extra, free0 - low[0])
+        if rank == 0:
+            print(f"{a.label} {a.model} round {i}: {total:.3f} s, of it gather {t1 - t0:.3f} s, {gb / total:.1f} GB/s, inside load_weights "
+                  f"{inside[0]:.3f} s / {inside[1]} calls, GPU memory +{(free0 - low[0]) / GIB:.2f} GiB at most, +{held / GIB:.2f} after", flush=True)
+        time.sleep(1)
+    requests.put(None)
+    wrong = replies.get()
+    proc.join()
+    if rank == 0:
+        med = statistics.median(s[1] for s in seconds[1:] or seconds)
+        rec = dict(label=a.label, model=a.model, gpus=world, gb=round(gb, 2), tensors=len(spec), register_s=round(registered, 2),
+                   median_s=round(med, 4), gather_s=round(seconds[-1][0], 4), gb_per_s=round(gb / med, 1), first_s=round(seconds[0][1], 3),
+                   inside_load_s=round(inside[0], 3), extra_gpu_gib=round(extra / GIB, 2), held_gpu_gib=round(held / GIB, 2), verified=(a.verify and not wrong), wrong=wrong[:5])
+        print(json.dumps(rec), flush=True)
+        if a.out:
+            with open(a.out, "a") as f:
+                f.write(json.dumps(rec) + "\n")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""One layer of a vLLM model, loaded beside its live parameters and then copied into them.
+
+vLLM records at start what the layer looked like before post-processing; here it gets fresh tensors of that layout when its
+first weight arrives, its own loaders write into them at once (nothing is kept of the tensors that were sent), and when the
+last has arrived, post-processing runs and the result goes into the live storage, where CUDA graphs find it. Until then the
+live tensors are kept aside, and `put_back` restores them at any time.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Loader = Callable[..., Any]
+
+
+class Internals:
+    """What is used of vLLM's own reload, which has no public interface.
+
+    Raises AttributeError or ImportError when something of it is not there.
+    """
+
+    def __init__(self) -> None:
+        from importlib import import_module
+
+        layerwise = import_module("vllm.model_executor.model_loader.reload.layerwise")
+        meta = import_module("vllm.model_executor.model_loader.reload.meta")
+        utils = import_module("vllm.model_executor.model_loader.reload.utils")
+        self.info: Callable[[torch.nn.Module], Any] = layerwise.get_layerwise_info
+        self.to_meta: Callable[[torch.nn.Module, Any], None] = meta.restore_layer_on_meta
+        self.materialize: Callable[[torch.nn.Module, Any], None] = meta.materialize_layer
+        self.count: Callable[[Loader, inspect.BoundArguments], tuple[int, Any]] = meta.get_numel_loaded
+        self.numel: Callable[[torch.nn.Module], int] = utils.get_layer_size
+        self.unloadable: frozenset[str] = frozenset(getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS))
+        self.default_loader: Loader = import_module("vllm.model_executor.model_loader.weight_utils").default_weight_loader
+
+
+def own_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Its parameters and buffers, without those of the layers below."""
+    mine = {**layer._parameters, **layer._buffers}
+    return {name: tensor for name, tensor in mine.items() if tensor is not None}
+
+
+class StagedLayer:
+    """See the module. `calls`: how many calls of loaders completed it last time; None: count elements, as vLLM does."""
+
+    def __init__(self, name: str, layer: torch.nn.Module, internals: Internals, calls: int | None) -> None:
+        self.name, self._layer, self._vllm, self._expected = name, layer, internals, calls
+        self._info = internals.info(layer)
+        if not any(self._info.restore_metadata):
+            raise RuntimeError(f"vLLM did not record what layer {name!r} looks like in a checkpoint")
+        self._parameters = {n: p for n, p in layer._parameters.items() if p is not None}
+        self._buffers = {n: b for n, b in layer._buffers.items() if b is not None}
+        self._transient = set(layer._non_persistent_buffers_set)
+        self._wrapped: dict[str, tuple[torch.Tensor, Loader | None]] = {}
+        self.calls, self.nbytes, self._loaded = 0, 0, 0
+        self.touched: set[str] = set()
+        self.open = self.done = False
+        internals.to_meta(layer, self._info)
+        for n, tensor in own_tensors(layer).items():
+            if n not in internals.unloadable:
+                original: Loader | None = getattr(tensor, "weight_loader", None)
+                self._wrapped[n] = (tensor, original)
+                _set(tensor, "weight_loader", self._wrap(n, original or internals.default_loader))
+
+    def _wrap(self, name: str, original: Loader) -> Loader:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original, assigned=("__doc__", "__annotations__"))
+        def load(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return self._load(name, original, bound)
+
+        # Some models ask their loaders what they can.
+        load.__dict__.update({k: v for k, v in getattr(original, "__dict__", {}).items() if k != "__wrapped__"})
+        return load
+
+    def _load(self, name: str, original: Loader, bound: inspect.BoundArguments) -> Any:
+        if self.done:  # some methods load the same small tensor once per partition: vLLM drops the surplus, too
+            return None
+        self._open()
+        first = next(iter(bound.arguments))
+        bound.arguments["param" if "param" in bound.arguments else first] = getattr(self._layer, name)
+        self.touched.add(name)
+        self.calls += 1
+        if self._expected is not None:
+            result = original(*bound.args, **bound.kwargs)
+            complete = self.calls >= self._expected
+        else:
+            numel, result = self._vllm.count(original, bound)
+            self._loaded += numel
+            complete = self._loaded >= self._vllm.numel(self._layer)
+        if complete:
+            self.finish()
+        return result
+
+    def _open(self) -> None:
+        if not self.open:
+            self._vllm.materialize(self._layer, self._info)
+            self.open = True
+            for name, (tensor, _) in self._wrapped.items():  # lookups from now on find the real tensor: count those as well
+                _set(getattr(self._layer, name), "weight_loader", _get(tensor, "weight_loader"))
+            self.nbytes = sum(t.nbytes for t in own_tensors(self._layer).values())
+
+    @property
+    def missing(self) -> list[str]:
+        """Parameters for which nothing was sent."""
+        kept = [n for n, (tensor, _) in self._wrapped.items() if isinstance(tensor, torch.nn.Parameter) and tensor.numel()]
+        return [f"{self.name}.{n}" for n in kept if n not in self.touched]
+
+    def finish(self) -> None:
+        """Post-process what was loaded and copy it into the live tensors."""
+        layer = self._layer
+        self._unwrap()
+        vars(layer).pop("_already_called_process_weights_after_loading", None)
+        prepare_again(layer)
+        _get(layer, "quant_method").process_weights_after_loading(layer)
+        if hasattr(layer, "update_param_tp_status"):
+            _get(layer, "update_param_tp_status")()
+        for name, parameter in self._parameters.items():
+            parameter.data.copy_(getattr(layer, name))
+        for name, buffer in self._buffers.items():
+            if name in layer._buffers and (name not in self._transient or name in self.touched):
+                buffer.data.copy_(getattr(layer, name))
+        self._place()
+        self.done = True
+
+    def put_back(self) -> None:
+        """The live tensors as they are: as they were, unless `finish` was over or broke off in its last step."""
+        if not self.done:
+            self._unwrap()
+            self._place()
+            self.done = True
+
+    def _unwrap(self) -> None:
+        for name, (tensor, original) in self._wrapped.items():
+            for each in {id(t): t for t in (tensor, getattr(self._layer, name, tensor))}.values():
+                if original is not None:
+                    _set(each, "weight_loader", original)
+                elif "weight_loader" in vars(each):
+                    delattr(each, "weight_loader")
+
+    def _place(self) -> None:
+        for name in own_tensors(self._layer):
+            delattr(self._layer, name)
+        for name, parameter in self._parameters.items():
+            self._layer.register_parameter(name, parameter)
+        for name, buffer in self._buffers.items():
+            self._layer.register_buffer(name, buffer, persistent=name not in self._transient)
+
+
+def prepare_again(layer: torch.nn.Module) -> None:
+    """Experts on a CPU are packed only when their kernel is made: let it be made again. No graph refers to it there."""
+    method: Any = getattr(layer, "quant_method", None)
+    backend = getattr(method, "unquantized_backend", None)
+    if getattr(backend, "name", None) == "CPU" and getattr(method, "moe_kernel", None) is not None:
+        method.moe_kernel = None
+
+
+def _get(of: Any, name: str) -> Any:
+    return getattr(of, name)
+
+
+def _set(tensor: torch.Tensor, name: str, value: Any) -> None:
+    setattr(tensor, name, value)
