@@ -35,7 +35,8 @@ import torch
 import torch.distributed as dist
 from benchmarks.decoder import shapes, sizes, total, value
 
-from checkpoint_engine.devices.probe import host_memory, memcpy_rate
+from checkpoint_engine.devices.probe import host_memory
+from checkpoint_engine.devices.rates import memcpy_rate
 from checkpoint_engine.planning.stripe import stripe
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.server.report import UpdateReport

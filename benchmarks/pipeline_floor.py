@@ -31,7 +31,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from checkpoint_engine.devices import Device, Event, Ring, SharedHandle, Stream, get_device
 from checkpoint_engine.devices.nccl import NcclCommunicator, unique_id
-from checkpoint_engine.devices.probe import copy_rate, host_memory
+from checkpoint_engine.devices.probe import host_memory
+from checkpoint_engine.devices.rates import copy_rate
 
 MIB, GIB = 1 << 20, 1 << 30
 TIMEOUT = 120.0

@@ -41,7 +41,8 @@ def children() -> list[psutil.Process]:
 
 def shm_files() -> set[str]:
     names = {entry.name for entry in os.scandir(SHM)} if SHM.is_dir() else set()
-    return {name for name in names if not re.match(rf"ckpt-test-(?!{os.getpid()}-)|sem\.", name) and _ours(name)}
+    others = rf"ckpt-test-(?!{os.getpid()}-)|sem\.|psm_|vllm"  # other runs, and an engine that may run beside this one
+    return {name for name in names if not re.match(others, name) and _ours(name)}
 
 
 def _ours(name: str) -> bool:

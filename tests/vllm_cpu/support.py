@@ -20,7 +20,7 @@ from checkpoint_engine.engines.vllm import Vllm
 
 ROOT = Path(__file__).parents[2]
 VENV = os.environ.get("VLLM_VENV", "")
-SHM, VLLM_SHM = Path("/dev/shm"), "vllm_dist_*"
+SHM = Path("/dev/shm")
 READY_SECONDS = 240.0
 SECONDS = 60.0
 PROMPTS = [[5, 6, 7, 8], [9, 300, 17], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]]
@@ -59,7 +59,7 @@ def save_qwen3(path: Path, seed: int, *, experts: bool = False, tied: bool = Fal
 def vllm_server(model: Path, *arguments: str, load: bool = False, tensor_parallel: int = 1) -> Iterator[str]:
     """The Unix socket of a vLLM server: with random weights, or (`load`) with those of `model`."""
     folder = Path(tempfile.mkdtemp(prefix="vllm-", dir="/tmp"))
-    before = set(SHM.glob(VLLM_SHM))
+    before = _shared()
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(Path(__file__).parent)]),
@@ -86,7 +86,7 @@ def vllm_server(model: Path, *arguments: str, load: bool = False, tensor_paralle
     finally:
         _end(process)
         shutil.rmtree(folder, ignore_errors=True)
-        for left in set(SHM.glob(VLLM_SHM)) - before:  # workers that are killed leave what they shared
+        for left in _shared() - before:  # workers that are killed leave what they shared
             if not _mapped(left):
                 left.unlink(missing_ok=True)
 
@@ -101,6 +101,10 @@ def _wait(process: subprocess.Popen[bytes], path: str) -> None:
             raise TimeoutError(f"vllm serve did not listen within {READY_SECONDS} s")
     with Vllm("http://vllm", uds=path) as engine:
         engine.wait_ready(end - time.monotonic())
+
+
+def _shared() -> set[Path]:
+    return {*SHM.glob("vllm_dist_*"), *SHM.glob("psm_*")}
 
 
 def _mapped(path: Path) -> bool:

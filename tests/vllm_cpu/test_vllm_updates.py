@@ -91,7 +91,7 @@ def _requests_go_on(socket: str, checkpoints: list[Path], expected: list[Any]) -
     assert {tuple(one) for one in seen} <= {tuple(each[0]) for each in expected}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pair(experts: list[Path]) -> Iterator[tuple[str, list[list[list[int]]]]]:
     """A server of two workers with random weights, and what each checkpoint answers on two."""
     expected = loaded_by_itself(experts, 2)
@@ -104,6 +104,10 @@ def test_two_workers_fail_update_update(pair: tuple[str, list[Any]], experts: li
     socket, expected = pair
     layout = rpc(socket, "testing_layout")
     assert update(socket, experts[0], "good", 2) == [None, None]
+    for status in rpc(socket, "weights_status"):
+        ways = status["layers"]
+        assert (ways["stage"], ways["refresh"]) == (3 * 4, 2), status  # projections, gate and experts; both ends' table
+        assert 0 < status["staged_peak_bytes"] < (experts[0] / "model.safetensors").stat().st_size / 4, status
     assert answers(socket) == expected[0]
     for number, (bad, reason) in enumerate(_bad(experts[1], tmp_path)):
         errors = update(socket, bad, f"bad{number}", 2)

@@ -7,7 +7,6 @@ their numbers there as JSON. Every wait has a deadline.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import mmap
 import os
@@ -24,11 +23,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from checkpoint_engine.devices.base import Device, Stream, get_device
+from checkpoint_engine.devices.base import Device, get_device
+from checkpoint_engine.devices.rates import copy_rate, memcpy_rate
 from checkpoint_engine.errors import DeadlineError, DeviceError, SettingsError
 
 MIB, GIB = 1 << 20, 1 << 30
-_IN_FLIGHT = 4  # copies queued at once, so that none waits for Python
 
 
 class BroadcastRate(msgspec.Struct, frozen=True):
@@ -155,12 +154,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _last_words(file: IO[bytes], code: int) -> str:
     file.seek(0)
-    lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else f"exit code {code}, without a word"
+    return (file.read().decode(errors="replace").strip().splitlines() or [f"exit code {code}, without a word"])[-1]
 
 
 def _ceilings(device: str, parts: list[_Part]) -> Ceilings:
-    sizes = parts[0].broadcast
     gpu = device == "cuda"
     return Ceilings(
         host=socket.gethostname(),
@@ -173,7 +170,7 @@ def _ceilings(device: str, parts: list[_Part]) -> Ceilings:
         h2d_together=tuple(part.h2d_together for part in parts) if gpu else (),
         device_copy=tuple(part.device_copy for part in parts) if gpu else (),
         register=tuple(part.register for part in parts) if gpu else (),
-        broadcast=tuple(BroadcastRate(n, n / max(part.broadcast[n] for part in parts)) for n in sizes),
+        broadcast=tuple(BroadcastRate(n, n / max(part.broadcast[n] for part in parts)) for n in parts[0].broadcast),
         communicator_bytes=parts[0].communicator_bytes,
     )
 
@@ -271,31 +268,6 @@ def host_memory(nbytes: int) -> torch.Tensor:
     finally:
         os.close(descriptor)
     return torch.frombuffer(memory, dtype=torch.uint8).fill_(7)
-
-
-def memcpy_rate(target: torch.Tensor, source: torch.Tensor, seconds: float) -> float:
-    """Bytes/second of libc's memmove in one thread; the best of the rounds that fit into `seconds`, at least two."""
-    best, until, rounds = 0.0, time.perf_counter() + seconds, 0
-    while rounds < 2 or time.perf_counter() < until:
-        start = time.perf_counter()
-        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.numel())
-        best, rounds = max(best, source.numel() / (time.perf_counter() - start)), rounds + 1
-    return best
-
-
-def copy_rate(stream: Stream, target: torch.Tensor, source: torch.Tensor, seconds: float, timeout: float) -> float:
-    """Bytes/second of a stream's copies, timed by its events, over `seconds` (at least one round of a few copies)."""
-    busy, nbytes, until = 0.0, 0, time.perf_counter() + seconds
-    while True:
-        since = stream.record()
-        for _ in range(_IN_FLIGHT):
-            stream.copy(target, source)
-        end = stream.record()
-        if not end.wait(timeout):
-            raise DeadlineError(f"copies of {source.numel()} bytes", timeout)
-        busy, nbytes = busy + stream.busy(since, end), nbytes + _IN_FLIGHT * source.numel()
-        if time.perf_counter() >= until:
-            return nbytes / busy
 
 
 if __name__ == "__main__":

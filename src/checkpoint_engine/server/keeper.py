@@ -21,26 +21,24 @@ class Keeper(Closing):
 
     def prepare(self, plan: Plan) -> None:
         """Have a lane of the plan's size. Raises ManifestError when there is no memory for it."""
-        lane = self._lane
-        if lane is not None and lane.damaged:
-            self.free()
-        elif lane is not None and not lane.fits(plan):
-            lane.close()
+        self.mend()
+        if self._lane is not None and not self._lane.fits(plan):
+            self._lane.close()
             self._lane = None
         if self._lane is None:
             self._lane = Lane(self._device, self._fleet.rank, plan.ring_bytes, plan.piece_bytes, self._fleet.world_size)
 
-    @property
-    def lane(self) -> Lane:
-        """The prepared lane, as it is."""
-        if self._lane is None:
-            raise AgreementError("no lane was prepared")
-        return self._lane
+    def mend(self) -> None:
+        """Give up a lane whose communicator was abandoned."""
+        if self._lane is not None and self._lane.damaged:
+            self.free()
 
     def join(self, generation: int) -> Lane:
         """The prepared lane with communicator number `generation`, on which all ranks agreed. Raises DeadlineError,
         PeerLostError."""
-        lane = self.lane
+        if self._lane is None:
+            raise AgreementError("no lane was prepared")
+        lane = self._lane
         if generation > self.generation or self.collective is None:
             if self.collective is not None:
                 self.collective.close()

@@ -29,6 +29,7 @@ class Lane(Closing):
         self.collective: Collective | None = None
         self.posted = 0
         self.damaged = False
+        self._stopped = True
         with contextlib.ExitStack() as memory:
             self.ring: Ring = memory.enter_context(device.allocate_ring(ring_bytes))
             slots = device.staging_slots if world_size > 1 else 0
@@ -89,12 +90,12 @@ class Lane(Closing):
         """Give up the communicator, and with it all memory that it may still write to."""
         self.damaged = True
         if self.collective is not None:
-            self.collective.abandon()
+            self._stopped = self.collective.abandon()
 
     def close(self) -> None:
         self.lifting.close()
         self.sharing.close()
-        if self.damaged:  # late arrivals could write into memory that is somebody else's by then
+        if not self._stopped:  # late arrivals could write into memory that is somebody else's by then
             _quarantine.append(self._memory)
         else:
             self._memory.close()

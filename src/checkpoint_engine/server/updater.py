@@ -29,10 +29,12 @@ from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.server.report import StageReport, UpdateReport, slowest
 from checkpoint_engine.server.update import RequestFunction, UpdateRun
 from checkpoint_engine.settings import Settings
+from checkpoint_engine.transport.links import Inbox
 from checkpoint_engine.transport.messages import Failure
 from checkpoint_engine.transport.session import SessionListener
 
 log = logging.getLogger(__name__)
+PAGE = 4096
 
 
 class _Prepared(NamedTuple):
@@ -66,21 +68,14 @@ class Updater:
         number = links.next_round  # of the exchange below, so it is the same on all ranks
         with contextlib.ExitStack() as stack:
             inbox = stack.enter_context(links.inbox(number))
-            listener = stack.enter_context(
-                SessionListener(
-                    settings,
-                    self._fleet.rank,
-                    lambda channel, hello: inbox.put(self._fleet.rank, WorkerCame(channel, hello)),
-                    lambda error: inbox.put(self._fleet.rank, SessionFailed(error)),
-                )
-            )
+            listener = stack.enter_context(self._listen(inbox, settings))
             prepared = self._prepare(stack, name, settings)
             offers = exchange_offers(links, self._offer(prepared, name, version, listener.handle), settings.join_timeout)
             if isinstance(prepared, Exception):
                 raise prepared
             plan = prepared.plan
             mapped = self._map_regions(stack, offers, prepared.manifest, settings)
-            lane = self._keeper.lane if mapped else self._join(number, offers)
+            lane = stack.enter_context(self._empty_lane()) if mapped else self._join(number, offers, plan)
             run = UpdateRun(
                 inbox,
                 offers[0].version,
@@ -97,22 +92,29 @@ class Updater:
             outcome = run.run(req_func, [(o.device, o.handle) for o in offers])
         self._give_back(name, settings)
         ranks = tuple({k: StageReport(s.nbytes, s.seconds) for k, s in stats.items()} for stats in outcome.stats)
-        report = UpdateReport(
-            version=offers[0].version,
-            method="mapped" if mapped else "broadcast",
-            nbytes=plan.nbytes,
-            seconds=time.perf_counter() - start,
-            passes=outcome.passes,
-            stages=slowest(ranks),
-            ranks=ranks,
-        )
+        method, seconds = "mapped" if mapped else "broadcast", time.perf_counter() - start
+        report = UpdateReport(offers[0].version, method, plan.nbytes, seconds, outcome.passes, slowest(ranks), ranks)
         log.info("rank %d: %s", self._fleet.rank, report)
         return report
 
-    def _join(self, number: int, offers: list[Offer]) -> Lane:
+    def _listen(self, inbox: Inbox, settings: Settings) -> SessionListener:
+        rank = self._fleet.rank
+        return SessionListener(
+            settings,
+            rank,
+            lambda channel, hello: inbox.put(rank, WorkerCame(channel, hello)),
+            lambda error: inbox.put(rank, SessionFailed(error)),
+        )
+
+    def _empty_lane(self) -> Lane:
+        """For an update in which nothing is lifted or shared."""
+        return Lane(self._device, self._fleet.rank, ring_bytes=PAGE, piece_bytes=PAGE, world_size=1)
+
+    def _join(self, number: int, offers: list[Offer], plan: Plan) -> Lane:
         """The lane with the communicator; who cannot join it says so, for the others wait for it there or in the update."""
         links, generation = self._fleet.links, max(offer.generation for offer in offers)
         try:
+            self._keeper.prepare(plan)
             return self._keeper.join(generation)
         except BaseException as e:
             # The store still holds what was written for this one, and some rank may have joined it.
@@ -143,8 +145,10 @@ class Updater:
                 if checkpoint.metas() != mine:
                     raise AgreementError(f"checkpoint {name!r} was registered anew after gather_metas: gather again")
                 regions = checkpoint.regions
-            self._keeper.prepare(plan)
             shared = describe(regions) if settings.map_regions and self._device.kind == "cpu" else None
+            if shared is None:  # else there may be no need of a lane
+                self._keeper.prepare(plan)
+            self._keeper.mend()
             return _Prepared(manifest, plan, regions, shared)
         except Exception as e:  # of any kind: the others must not wait for this rank
             if self._fleet.world_size == 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import datetime
 import threading
 import time
@@ -22,6 +24,17 @@ SLICE = 0.1
 """Seconds between two looks at whether a blocked broadcast has been abandoned."""
 
 
+_unfinished: list[tuple[Any, Any]] = []
+"""Abandoned gloo groups, each with the broadcast that is still in it."""
+
+
+@atexit.register
+def _forget() -> None:
+    """The interpreter must not drop them at its end: that would wait."""
+    for group, _ in _unfinished:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+
+
 class Collective(Closing):
     """One rank's part of a communicator. After `abandon` it is good for nothing: make another."""
 
@@ -34,9 +47,9 @@ class Collective(Closing):
         """
 
     @abstractmethod
-    def abandon(self) -> None:
-        """Give up on broadcasts that a dead rank holds up. Their memory may still be written by late arrivals: whoever
-        owns it must not use it again while this process lives."""
+    def abandon(self) -> bool:
+        """Give up on broadcasts that a dead rank holds up. True: they are over. False: their memory may still be written by
+        late arrivals, and whoever owns it must not use it again while this process lives."""
 
 
 def join(
@@ -63,6 +76,7 @@ class GlooCollective(Collective):
     def __init__(self, rank: int, world_size: int, store: Store, address: str, join_seconds: float, seconds: float) -> None:
         self.rank = rank
         self._abandoned = threading.Event()
+        self._work: Any = None  # the last broadcast
         self._seconds = seconds
         options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
@@ -87,7 +101,7 @@ class GlooCollective(Collective):
         if self._abandoned.is_set():
             raise PeerLostError("communicator", "abandoned after a failure")
         try:
-            work = self._group.broadcast([tensor], options)
+            work = self._work = self._group.broadcast([tensor], options)
         except RuntimeError as e:
             raise PeerLostError(f"a rank in the broadcast from rank {root}", str(e).splitlines()[0]) from e
         self._wait(work, root)
@@ -107,11 +121,14 @@ class GlooCollective(Collective):
             if time.monotonic() > deadline:
                 raise DeadlineError(f"the broadcast from rank {root}", self._seconds)
 
-    def abandon(self) -> None:
+    def abandon(self) -> bool:
         self._abandoned.set()
+        return False
 
     def close(self) -> None:
-        """An abandoned group is dropped by a thread of its own: that waits for the broadcasts in it, up to their deadline."""
-        held, self._group = [self._group], None
-        if self._abandoned.is_set():
-            threading.Thread(target=held.clear, name="drop", daemon=True).start()
+        """Dropping a group waits for the broadcasts in it, an abandoned one's perhaps up to their deadline: those are kept
+        until they are over."""
+        group, self._group = self._group, None
+        if self._abandoned.is_set() and group is not None and self._work is not None:
+            _unfinished.append((group, self._work))
+        _unfinished[:] = [(g, work) for g, work in _unfinished if not work.is_completed()]

@@ -48,8 +48,8 @@ class NcclCollective(Collective):
         source = target if source is None else source
         self._communicator.broadcast(target, source, root, stream.raw.cuda_stream, timeout=self._seconds)
 
-    def abandon(self) -> None:
-        self._communicator.abort()
+    def abandon(self) -> bool:
+        return self._communicator.abort()
 
     def close(self) -> None:
         self._communicator.close()

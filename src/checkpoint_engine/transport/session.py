@@ -151,6 +151,7 @@ def connect(handle: str, seconds: float) -> ServerChannel:
         ) from e
     return Channel(sock, f"server at {path}", FromServer, seconds)  # type: ignore[arg-type]
 
+
 def dismiss(channel: WorkerChannel, reason: str) -> None:
     """Say why, and end the conversation, from any thread: whoever sends or receives on the channel hears that it is over."""
     with contextlib.suppress(CheckpointEngineError):

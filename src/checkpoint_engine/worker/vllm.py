@@ -35,23 +35,23 @@ class VllmColocateWorkerExtension:
     def update_weights_from_ipc(self, zmq_handles: dict[str, str]) -> dict[str, Any]:
         """Take one update. zmq_handles: device uuid -> handle, of all workers of this engine in rank order.
 
-        Returns {"ok", "version", "dirty", "error", "rank", "seconds", "layers", "staged_peak_bytes"}; seconds for all of it;
-        layers: how many were loaded which way.
+        Returns what `weights_status` does, "ok", "error" (None when ok) and "seconds" for all of it. layers: how many were loaded
+        which way; staged_peak_bytes: what staged layers held at most, beside the model.
         """
         start = time.perf_counter()
-        answer: dict[str, Any] = {}
         error = None
         try:
-            answer = self._checkpoint_engine_update(zmq_handles)
+            vars(self)["_checkpoint_engine_last"] = self._checkpoint_engine_update(zmq_handles)
         except Exception as e:
             log.exception("checkpoint-engine: the update failed on rank %d", self.rank)
             error = str(e) or type(e).__name__
-        return {**self.weights_status(), **answer, "ok": error is None, "error": error, "seconds": time.perf_counter() - start}
+        return {**self.weights_status(), "ok": error is None, "error": error, "seconds": time.perf_counter() - start}
 
     def weights_status(self) -> dict[str, Any]:
-        """{"rank", "version", "dirty"}: what this worker serves."""
+        """{"rank", "version", "dirty"}: what this worker serves; and "layers" and "staged_peak_bytes" of its last good update."""
         version, dirty = self._checkpoint_engine_state().read()
-        return {"rank": self.rank, "version": version, "dirty": dirty}
+        last: dict[str, Any] = vars(self).get("_checkpoint_engine_last", {})
+        return {"rank": self.rank, "version": version, "dirty": dirty, **last}
 
     def _checkpoint_engine_state(self) -> WeightsState:
         state: WeightsState = vars(self).setdefault("_checkpoint_engine_weights", WeightsState())

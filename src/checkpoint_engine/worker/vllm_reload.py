@@ -12,7 +12,7 @@ import torch
 
 from checkpoint_engine.errors import SettingsError, TensorError
 from checkpoint_engine.worker.vllm_layers import LayerFacts, Way, choose_way
-from checkpoint_engine.worker.vllm_stage import Internals, StagedLayer, own_tensors
+from checkpoint_engine.worker.vllm_stage import Held, Internals, StagedLayer, own_tensors
 
 KNOWN_VERSIONS = range(26, 34)  # 0.26 to 0.33
 _SHOWN = 5
@@ -41,13 +41,17 @@ class Reload:
         self._scales: list[torch.nn.Module] = []
         self._expected: set[str] = set()
         self._loaded: set[str] | None = set()
-        self.peak_bytes = 0
+        self._held = Held()
         self.ways: Counter[str] = Counter()
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._held.peak
 
     def begin(self) -> None:
         """Raises SettingsError when a layer needs more than bare loading and this version of vLLM is not known."""
         self._set_up()
-        staged = {name for layer in self._staged for name in _names(layer.name, own_tensors(self._module(layer.name)))}
+        staged = {name for layer in self._staged for name in _names(layer.name, own_tensors(layer.layer))}
         attention = {
             name
             for prefix, module in self._model.named_modules()
@@ -66,7 +70,8 @@ class Reload:
             self.ways[way.value] += 1
             if way is Way.STAGE:
                 internals = internals or internals_of_this_version()
-                self._staged.append(StagedLayer(name, layer, internals, _calls.get(layer)))
+                self._staged.append(StagedLayer(name, layer, internals, _calls.get(layer), self._held))
+                self._staged[-1].prepare()
             elif way is Way.REFRESH:
                 self._refreshed.append(layer)
             elif has_scales(layer):
@@ -88,8 +93,6 @@ class Reload:
             self._loaded = None
         elif self._loaded is not None:
             self._loaded.update(loaded)
-        held = sum(layer.nbytes for layer in self._staged if layer.open and not layer.done)
-        self.peak_bytes = max(self.peak_bytes, held)
 
     def finish(self) -> None:
         """Raises MissingWeightsError naming parameters for which nothing was sent."""
@@ -110,12 +113,13 @@ class Reload:
             if is_attention(module):
                 module.process_weights_after_loading(self._config.dtype)  # type: ignore[operator]
         for layer in self._staged:
-            _calls[self._module(layer.name)] = layer.calls
+            _calls[layer.layer] = layer.calls
 
     def abort(self) -> None:
         """Put what is half loaded back. Never raises for a layer that is as it should be."""
         for layer in self._staged:
             layer.put_back()
+            _calls.pop(layer.layer, None)
         for module in self._scales:
             _drop_scales(module)
 
@@ -123,9 +127,6 @@ class Reload:
         if any(float(parameter) >= 0 for parameter in _scale_parameters(module)):
             _method(module).process_weights_after_loading(module)
         _drop_scales(module)
-
-    def _module(self, name: str) -> torch.nn.Module:
-        return self._model.get_submodule(name)
 
     def _device_of(self, layer: torch.nn.Module) -> torch.device:
         return next((t.device for t in own_tensors(layer).values()), next(self._model.parameters()).device)

@@ -36,7 +36,9 @@ class Internals:
         self.count: Callable[[Loader, inspect.BoundArguments], tuple[int, Any]] = meta.get_numel_loaded
         self.numel: Callable[[torch.nn.Module], int] = utils.get_layer_size
         self.unloadable: frozenset[str] = frozenset(getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS))
-        self.default_loader: Loader = import_module("vllm.model_executor.model_loader.weight_utils").default_weight_loader
+        loader = import_module("vllm.model_executor.model_loader.default_loader")
+        self.configured: frozenset[str] = frozenset(getattr(loader, "_CONFIG_BUILT_PARAMS", ()))  # no checkpoint has them
+        self.original_loader: Callable[[torch.Tensor], Loader] = layerwise._get_original_loader
 
 
 def own_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -45,27 +47,45 @@ def own_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in mine.items() if tensor is not None}
 
 
-class StagedLayer:
-    """See the module. `calls`: how many calls of loaders completed it last time; None: count elements, as vLLM does."""
+class Held:
+    """Bytes that staged layers hold beside the live ones: now, and at most."""
 
-    def __init__(self, name: str, layer: torch.nn.Module, internals: Internals, calls: int | None) -> None:
-        self.name, self._layer, self._vllm, self._expected = name, layer, internals, calls
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def add(self, nbytes: int) -> None:
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+class StagedLayer:
+    """See the module. `prepare` it first; `finish` comes by itself with the last weight, or is called.
+
+    expected  how many calls of loaders made it complete last time; None: count elements, as vLLM does
+    """
+
+    def __init__(self, name: str, layer: torch.nn.Module, internals: Internals, expected: int | None, held: Held) -> None:
+        self.name, self.layer, self._vllm, self._expected, self._held = name, layer, internals, expected, held
         self._info = internals.info(layer)
         if not any(self._info.restore_metadata):
             raise RuntimeError(f"vLLM did not record what layer {name!r} looks like in a checkpoint")
         self._parameters = {n: p for n, p in layer._parameters.items() if p is not None}
         self._buffers = {n: b for n, b in layer._buffers.items() if b is not None}
         self._transient = set(layer._non_persistent_buffers_set)
-        self._wrapped: dict[str, tuple[torch.Tensor, Loader | None]] = {}
-        self.calls, self.nbytes, self._loaded = 0, 0, 0
-        self.touched: set[str] = set()
-        self.open = self.done = False
-        internals.to_meta(layer, self._info)
-        for n, tensor in own_tensors(layer).items():
-            if n not in internals.unloadable:
-                original: Loader | None = getattr(tensor, "weight_loader", None)
-                self._wrapped[n] = (tensor, original)
-                _set(tensor, "weight_loader", self._wrap(n, original or internals.default_loader))
+        self._wrapped: dict[str, torch.Tensor] = {}  # in the checkpoint's layout, without memory
+        self._before: dict[str, Loader | None] = {}
+        self.calls, self._loaded, self._nbytes = 0, 0, 0
+        self._touched: set[str] = set()
+        self._open = self.done = False
+
+    def prepare(self) -> None:
+        """Put the checkpoint's layout, without memory yet, in place of the live tensors."""
+        self._vllm.to_meta(self.layer, self._info)
+        for name, tensor in own_tensors(self.layer).items():
+            if name not in self._vllm.unloadable:
+                self._wrapped[name] = tensor
+                self._before[name] = getattr(tensor, "weight_loader", None)
+                _set(tensor, "weight_loader", self._wrap(name, self._vllm.original_loader(tensor)))
 
     def _wrap(self, name: str, original: Loader) -> Loader:
         signature = inspect.signature(original)
@@ -81,41 +101,45 @@ class StagedLayer:
         return load
 
     def _load(self, name: str, original: Loader, bound: inspect.BoundArguments) -> Any:
-        if self.done:  # some methods load the same small tensor once per partition: vLLM drops the surplus, too
-            return None
-        self._open()
-        first = next(iter(bound.arguments))
-        bound.arguments["param" if "param" in bound.arguments else first] = getattr(self._layer, name)
-        self.touched.add(name)
         self.calls += 1
+        if self.done:
+            if self._expected is not None:
+                raise RuntimeError(f"layer {self.name!r} was sent more weights than in the update before")
+            return None  # some methods load the same small tensor once per partition: vLLM drops the surplus, too
+        self._materialize()
+        first = next(iter(bound.arguments))
+        bound.arguments["param" if "param" in bound.arguments else first] = getattr(self.layer, name)
+        self._touched.add(name)
         if self._expected is not None:
             result = original(*bound.args, **bound.kwargs)
             complete = self.calls >= self._expected
         else:
             numel, result = self._vllm.count(original, bound)
             self._loaded += numel
-            complete = self._loaded >= self._vllm.numel(self._layer)
-        if complete:
+            complete = self._loaded >= self._vllm.numel(self.layer)
+        if complete and not self.missing:
             self.finish()
         return result
 
-    def _open(self) -> None:
-        if not self.open:
-            self._vllm.materialize(self._layer, self._info)
-            self.open = True
-            for name, (tensor, _) in self._wrapped.items():  # lookups from now on find the real tensor: count those as well
-                _set(getattr(self._layer, name), "weight_loader", _get(tensor, "weight_loader"))
-            self.nbytes = sum(t.nbytes for t in own_tensors(self._layer).values())
+    def _materialize(self) -> None:
+        if self._open:
+            return
+        self._vllm.materialize(self.layer, self._info)
+        self._open = True
+        self._nbytes = sum(tensor.nbytes for tensor in self._wrapped.values() if tensor.is_meta)
+        self._held.add(self._nbytes)
+        for name, tensor in self._wrapped.items():  # lookups from now on find the real tensor: count those as well
+            _set(getattr(self.layer, name), "weight_loader", _get(tensor, "weight_loader"))
 
     @property
     def missing(self) -> list[str]:
         """Parameters for which nothing was sent."""
-        kept = [n for n, (tensor, _) in self._wrapped.items() if isinstance(tensor, torch.nn.Parameter) and tensor.numel()]
-        return [f"{self.name}.{n}" for n in kept if n not in self.touched]
+        wanted = (n for n, tensor in self._wrapped.items() if isinstance(tensor, torch.nn.Parameter) and tensor.numel())
+        return [f"{self.name}.{n}" for n in wanted if n not in self._touched and n not in self._vllm.configured]
 
     def finish(self) -> None:
         """Post-process what was loaded and copy it into the live tensors."""
-        layer = self._layer
+        layer = self.layer
         self._unwrap()
         vars(layer).pop("_already_called_process_weights_after_loading", None)
         prepare_again(layer)
@@ -125,7 +149,7 @@ class StagedLayer:
         for name, parameter in self._parameters.items():
             parameter.data.copy_(getattr(layer, name))
         for name, buffer in self._buffers.items():
-            if name in layer._buffers and (name not in self._transient or name in self.touched):
+            if name in layer._buffers and (name not in self._transient or name in self._touched):
                 buffer.data.copy_(getattr(layer, name))
         self._place()
         self.done = True
@@ -138,20 +162,24 @@ class StagedLayer:
             self.done = True
 
     def _unwrap(self) -> None:
-        for name, (tensor, original) in self._wrapped.items():
-            for each in {id(t): t for t in (tensor, getattr(self._layer, name, tensor))}.values():
-                if original is not None:
-                    _set(each, "weight_loader", original)
-                elif "weight_loader" in vars(each):
-                    delattr(each, "weight_loader")
+        for name, tensor in self._wrapped.items():
+            before = self._before[name]
+            if before is not None:
+                _set(tensor, "weight_loader", before)
+            elif "weight_loader" in vars(tensor):
+                delattr(tensor, "weight_loader")
+            if (real := getattr(self.layer, name, tensor)) is not tensor:
+                _set(real, "weight_loader", self._vllm.original_loader(tensor))
 
     def _place(self) -> None:
-        for name in own_tensors(self._layer):
-            delattr(self._layer, name)
+        self._held.add(-self._nbytes)
+        self._nbytes = 0
+        for name in own_tensors(self.layer):
+            delattr(self.layer, name)
         for name, parameter in self._parameters.items():
-            self._layer.register_parameter(name, parameter)
+            self.layer.register_parameter(name, parameter)
         for name, buffer in self._buffers.items():
-            self._layer.register_buffer(name, buffer, persistent=name not in self._transient)
+            self.layer.register_buffer(name, buffer, persistent=name not in self._transient)
 
 
 def prepare_again(layer: torch.nn.Module) -> None:
