@@ -220,7 +220,7 @@ def test_closing_an_abandoned_communicator_does_not_wait_for_its_broadcasts() ->
 
     def rank(number: int) -> None:
         prefix = PrefixStore("c", store)
-        options: Any = {"store": prefix, "address": HOST, "join_seconds": 10.0, "seconds": 10.0}
+        options: Any = {"store": prefix, "address": HOST, "settings": Settings(join_timeout=10.0, timeout=10.0)}
         collective = join(device, rank=number, world_size=2, **options)
         with device.stream("share") as stream:
             collective.broadcast(torch.zeros(1 << 16, dtype=torch.uint8), None, 1 - number, stream)

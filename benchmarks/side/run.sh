@@ -10,7 +10,8 @@ side() { # label, folder of the implementation, model
         "$here/side.py" "$3" --label "$1" --verify --rounds 5 --out "$out/side.jsonl" >"$out/$3-$1.log" 2>&1
     echo "$1 $3: exit code $?"
 }
-for model in "${@:-tiny-moe qwen3-8b qwen3-30b-a3b qwen3-32b}"; do
+[ $# -gt 0 ] || set -- tiny-moe qwen3-8b qwen3-30b-a3b qwen3-32b
+for model in "$@"; do
     side ours "$here/../../src" "$model"
     side upstream "$upstream" "$model"
     [ -z "${SIDE_SMALL_BUCKETS:-}" ] || PS_MAX_BUCKET_SIZE_GB=2 side upstream-2GB "$upstream" "$model"

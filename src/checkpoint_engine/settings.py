@@ -27,6 +27,7 @@ class Settings:
     bucket_bytes     the unit of transfer; None: chosen from device and world size
     max_bucket_bytes no bucket that is chosen so gets larger
     ring_bytes       device memory shared with the worker; None: chosen from bucket_bytes
+    nccl_channels    of the communicator that shares among GPUs; None: chosen from world size
     mem_fraction     at most this part of the smallest free device memory is used for the ring
     map_regions      on a CPU, and one host, let workers load straight from the servers' memory instead of broadcasting
     free_after_update  give ring, staging and communicator back after each update
@@ -45,6 +46,7 @@ class Settings:
     bucket_bytes: int | None = None
     max_bucket_bytes: int | None = None
     ring_bytes: int | None = None
+    nccl_channels: int | None = None
     mem_fraction: float = 0.9
     map_regions: bool = True
     free_after_update: bool = False
@@ -108,6 +110,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "CHECKPOINT_ENGINE_DEVICE": ("device", str),
     "CHECKPOINT_ENGINE_BUCKET_BYTES": ("bucket_bytes", int),
     "CHECKPOINT_ENGINE_RING_BYTES": ("ring_bytes", int),
+    "CHECKPOINT_ENGINE_NCCL_CHANNELS": ("nccl_channels", int),
     "CHECKPOINT_ENGINE_MAP_REGIONS": ("map_regions", _flag),
     "CHECKPOINT_ENGINE_FREE_AFTER_UPDATE": ("free_after_update", _flag),
     "CHECKPOINT_ENGINE_SOCKET_DIR": ("socket_dir", Path),

@@ -131,8 +131,7 @@ class Fleet(Closing):
                     world_size=self.world_size,
                     store=store,
                     address=self.address,
-                    join_seconds=self._settings.join_timeout,
-                    seconds=self._settings.timeout,
+                    settings=self._settings,
                 )
             )
         except BaseException as e:  # raised again by whoever waits

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from checkpoint_engine.devices.base import Closing, Device, Stream
 from checkpoint_engine.errors import DeadlineError, PeerLostError
+from checkpoint_engine.settings import Settings
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -52,22 +53,20 @@ class Collective(Closing):
         late arrivals, and whoever owns it must not use it again while this process lives."""
 
 
-def join(
-    device: Device, *, rank: int, world_size: int, store: Store, address: str, join_seconds: float, seconds: float
-) -> Collective:
+def join(device: Device, *, rank: int, world_size: int, store: Store, address: str, settings: Settings) -> Collective:
     """Make the communicator that fits `device`; all ranks must call it.
 
-    store         a prefix that no other communicator used
-    address       of this rank's interface that the others reach
-    join_seconds  for all ranks to come; seconds: for one broadcast
+    store     a prefix that no other communicator used
+    address   of this rank's interface that the others reach
+    settings  of which join_timeout is for all ranks to come, timeout for one broadcast
 
     Raises DeadlineError when the others do not come in time.
     """
     if device.backend == "gloo":
-        return GlooCollective(rank, world_size, store, address, join_seconds, seconds)
+        return GlooCollective(rank, world_size, store, address, settings.join_timeout, settings.timeout)
     from checkpoint_engine.transport.nccl import NcclCollective
 
-    return NcclCollective(device, rank, world_size, store, join_seconds, seconds)
+    return NcclCollective(device, rank, world_size, store, settings)
 
 
 class GlooCollective(Collective):

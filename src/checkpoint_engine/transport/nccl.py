@@ -11,6 +11,7 @@ from checkpoint_engine.devices.base import Device, Stream
 from checkpoint_engine.devices.cuda import CudaDevice, CudaStream
 from checkpoint_engine.devices.nccl import NcclCommunicator, unique_id
 from checkpoint_engine.errors import DeadlineError, DeviceError
+from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.collective import Collective
 
 if TYPE_CHECKING:
@@ -27,10 +28,10 @@ def channels(world_size: int) -> int:
 class NcclCollective(Collective):
     """Broadcasts are queued on the caller's stream and never block the host after the first."""
 
-    def __init__(self, device: Device, rank: int, world_size: int, store: Store, join_seconds: float, seconds: float) -> None:
+    def __init__(self, device: Device, rank: int, world_size: int, store: Store, settings: Settings) -> None:
         if not isinstance(device, CudaDevice):
             raise DeviceError("NCCL", 0, f"there is no NCCL on a device of kind {device.name}")
-        self._seconds = seconds
+        self._seconds, join_seconds = settings.timeout, settings.join_timeout
         if rank == 0:
             store.set("id", unique_id().hex())
         try:
@@ -39,7 +40,7 @@ class NcclCollective(Collective):
         except RuntimeError as e:  # torch's store errors
             raise DeadlineError(f"rank 0 to begin an NCCL communicator ({str(e).splitlines()[0]})", join_seconds) from e
         self._communicator = NcclCommunicator(
-            token, rank, world_size, device.index, timeout=join_seconds, max_ctas=channels(world_size)
+            token, rank, world_size, device.index, timeout=join_seconds, max_ctas=settings.nccl_channels or channels(world_size)
         )
 
     def broadcast(self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream) -> None:
