@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoint_engine
+from checkpoint_engine.engines.base import Engine, Handles
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.worker import VllmColocateWorkerExtension, update_weights_from_ipc
@@ -130,3 +131,38 @@ def test_the_default_version_names_the_content() -> None:
     assert (a[0], b[0], c[0]) == ("a", "b", "c")
     assert a[1] == c[1] != b[1]
     assert len(a[1]) == 12
+
+
+class _Replica(Engine):
+    """An engine whose worker is a process of the test's."""
+
+    endpoint = "test"
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def wait_ready(self, seconds: float) -> None:
+        pass
+
+    def update(self, handles: Handles, *, version: str | None, seconds: float) -> None:
+        self.worker.update(handles[0][1])
+
+
+def _push(rank: int, world_size: int, crew: list[Worker]) -> Any:
+    engines = [_Replica(worker) for worker in crew]
+    seen = []
+    with server() as ps:
+        for step in range(3):
+            mine = share_of(tensors(step), rank, world_size)
+            report = ps.push(mine, engines=engines, version=f"step-{step}")
+            seen.append((report.version, crew[rank].state()[0], crew[rank].state()[2] == digests(tensors(step))))
+            regions = [region.fd for region in ps._registry["push"].regions]
+            seen.append(regions)
+    return seen
+
+
+def test_push_is_the_whole_update_in_one_call() -> None:
+    with workers(2) as crew:
+        for seen in run_ranks(_push, 2, crew):
+            assert seen[::2] == [(f"step-{step}", f"step-{step}", True) for step in range(3)]
+            assert seen[1] == seen[3] == seen[5], "the memory is used again"
