@@ -154,8 +154,8 @@ class UpdateInProgressError(CheckpointEngineError):
 class UpdateError(CheckpointEngineError):
     """An update failed. Raised on every rank that took part, with the same cause.
 
-    rank, host and stage say where it failed first; dirty lists the ranks (as far as this one was told) whose engine
-    holds a mixture of old and new weights and needs a complete update.
+    rank, host and stage say where it failed first; dirty: this rank's engine may hold a mixture of old and new weights and
+    needs a complete update.
     """
 
     def __init__(self, *, rank: int, host: str, stage: str, reason: str, dirty: bool = False) -> None:

@@ -1,7 +1,7 @@
 """The command line. Commands are imported when they are used, so that none pays for what another needs.
 
 Exit codes: 0 done; 1 the update failed; 2 usage or bad input (a setting, a file, a checkpoint); 3 an engine could not be
-reached, was not ready in time, or refused; 4 another rank could not be reached or is gone; 130 interrupted.
+reached, was not ready in time, or refused beforehand; 4 another rank could not be reached or is gone; 130 interrupted.
 """
 
 from __future__ import annotations

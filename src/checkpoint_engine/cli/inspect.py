@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -45,9 +46,7 @@ def inspect(
     rates = H200 if device is DeviceKind.cuda else CPU
     plan = plan_broadcast(
         manifest,
-        bucket_bytes=sizes.bucket_bytes,
-        ring_bytes=sizes.ring_bytes,
-        piece_bytes=sizes.piece_bytes,
+        **dataclasses.asdict(sizes),
         rates=rates,
     )
     described = describe(manifest, plan, held, len(files))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Self
 
 import msgspec
@@ -159,9 +160,7 @@ def predict_cluster(
     sizes = default_sizes(cluster.device, world, _PLENTY, 0.9, bucket_bytes, ring_bytes)
     plan = plan_broadcast(
         manifest,
-        bucket_bytes=sizes.bucket_bytes,
-        ring_bytes=sizes.ring_bytes,
-        piece_bytes=sizes.piece_bytes,
+        **dataclasses.asdict(sizes),
         rates=rates,
         staging=staging,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from collections import OrderedDict
 
@@ -53,7 +54,9 @@ class Gatherer:
             payloads = self._exchange(f"manifest of {name!r}", mine.encoded)
             ranks = tuple(msgspec.msgpack.decode(p, type=RankManifest) for p in payloads)
             self._last = (key, ranks)
-        manifest = Manifest(name, ranks)
+        known = self._manifests.get(name)
+        # The same object where nothing changed: its digests, of tens of thousands of tensors, are made already.
+        manifest = known if known is not None and known.ranks is ranks else Manifest(name, ranks)
         if not manifest.tensor_count:
             raise CheckpointNotFoundError(name, "on any rank")
         self._manifests[name] = manifest
@@ -102,9 +105,7 @@ class Gatherer:
         if key not in self._plans:
             self._plans[key] = plan_broadcast(
                 manifest,
-                bucket_bytes=sizes.bucket_bytes,
-                ring_bytes=sizes.ring_bytes,
-                piece_bytes=sizes.piece_bytes,
+                **dataclasses.asdict(sizes),
                 rates=H200 if self._device.kind == "cuda" else CPU,
                 staging=self._device.staging_slots,
             )

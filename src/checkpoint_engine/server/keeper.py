@@ -48,6 +48,11 @@ class Keeper(Closing):
         lane.collective = self.collective
         return lane
 
+    def skip(self, generation: int) -> None:
+        """Never make communicator number `generation` again: the store holds what was written for it, and some rank may have
+        joined it."""
+        self.generation = max(self.generation, generation) + 1
+
     def settle(self, ring_bytes: int) -> None:
         """After a good update: give back what is not worth keeping. `ring_bytes`: of a ring that no tensor enlarged."""
         lane = self._lane

@@ -179,7 +179,7 @@ class Pass:
         if worker is not None:
             self._attach(worker)
         for bucket in self._plan.buckets:
-            if (entry := self._arrived.get()) is None:
+            if (entry := self._next_arrival()) is None:
                 raise Stopped("stopped")
             index, shared = entry
             if shared is not None:
@@ -193,6 +193,12 @@ class Pass:
                 self._progress(sum(i.nbytes for i in bucket.items))
         if worker is not None:
             self._tell(worker, Release())
+
+    def _next_arrival(self) -> tuple[int, Event | None] | None:
+        try:
+            return self._arrived.get(timeout=self._remaining() + 1.0)  # what holds the driver up has a name; it comes first
+        except queue.Empty:
+            raise DeadlineError("the next bucket to be queued", self._seconds) from None
 
     def _tell(self, worker: WorkerChannel, message: Load | Release) -> None:
         with contextlib.suppress(PeerLostError):  # the collector reads why: the worker's own words, or its death

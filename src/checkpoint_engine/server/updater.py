@@ -117,8 +117,7 @@ class Updater:
             self._keeper.prepare(plan)
             return self._keeper.join(generation)
         except BaseException as e:
-            # The store still holds what was written for this one, and some rank may have joined it.
-            self._keeper.generation = max(self._keeper.generation, generation) + 1
+            self._keeper.skip(generation)
             if isinstance(e, UpdateError):  # another rank's, which told everybody
                 raise
             reason = str(e) if isinstance(e, CheckpointEngineError) else f"{type(e).__name__}: {e}"
