@@ -62,6 +62,14 @@ def _no_inherited_settings(request: pytest.FixtureRequest, monkeypatch: pytest.M
         monkeypatch.setenv("CHECKPOINT_ENGINE_DEVICE", "cpu")
 
 
+@pytest.fixture(params=["copies", "broadcast"])
+def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How ranks of one host share: each copies into the others' rings, or all broadcast on a communicator."""
+    monkeypatch.setenv("CHECKPOINT_ENGINE_PEER_COPIES", str(int(request.param == "copies")))
+    method: str = request.param
+    return method
+
+
 @pytest.fixture
 def master_port() -> int:
     """MASTER_PORT: free, and so is the port after it, where the store listens."""

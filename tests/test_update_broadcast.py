@@ -12,6 +12,7 @@ from checkpoint_engine.server import UpdateReport
 from helpers.fleet import Orders, Worker, digests, request, server, share_of, tensors, workers
 from helpers.ranks import run_ranks
 
+pytestmark = pytest.mark.usefixtures("sharing")
 KIB = 1 << 10
 
 

@@ -1,4 +1,4 @@
-"""Updates on GPUs: what the other test_update files show on a CPU, over NCCL and CUDA IPC. One rank a GPU."""
+"""Updates on GPUs: what the other test_update files show on a CPU, over peer copies and NCCL, and CUDA IPC. One rank a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from helpers.fleet import LAST, Orders, Worker, digests, quick, request, server,
 from helpers.ports import free_ports
 from helpers.ranks import run_ranks, start_ranks
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("sharing")]
 KIB = 1 << 10
 WORLDS = [n for n in (1, 2, 4) if n <= max(1, torch.cuda.device_count())]
 SEVERAL = [n for n in WORLDS if n > 1] or [

@@ -79,10 +79,13 @@ def test_an_unforeseen_error_in_a_pass_ends_the_update(monkeypatch: pytest.Monke
     assert engine.state.dirty
 
 
-def test_a_manifest_that_was_loaded_is_not_yet_agreed_on() -> None:
+@pytest.mark.parametrize("gathers", [False, True], ids=["no gather", "a gather of nothing, as joiners do"])
+def test_a_manifest_that_was_loaded_is_not_yet_agreed_on(gathers: bool) -> None:
     with _alone() as ps:
         metas = ps.get_metas()
     with ParameterServer(rank=0, world_size=1, settings=quick()) as ps:
+        if gathers:
+            ps.gather_metas("c")
         ps.load_metas(Manifest("c", metas.ranks))
         with pytest.raises(RuntimeError, match="call gather_metas first"):
             ps.update("c", lambda _: None)
@@ -118,7 +121,7 @@ def test_sockets_of_other_pid_namespaces_are_left_alone(socket_dir: Path) -> Non
 
 
 def _cannot_join(rank: int, world_size: int, crew: list[Worker]) -> Any:
-    """Rank 1 cannot make its part of the communicator, once; nobody waits for it until a deadline."""
+    """Rank 1 cannot make its part of what they share by, once; nobody waits for it until a deadline."""
 
     def fails(*_: Any, **__: Any) -> Any:
         raise ManifestError("no memory for a communicator")
@@ -128,14 +131,16 @@ def _cannot_join(rank: int, world_size: int, crew: list[Worker]) -> Any:
         ps.gather_metas("c")
         with pytest.MonkeyPatch.context() as patch:
             if rank == 1:
-                patch.setattr("checkpoint_engine.server.fleet.join", fails)
+                for place in ("fleet.join", "neighbours.PushCollective"):
+                    patch.setattr(f"checkpoint_engine.server.{place}", fails)
             with pytest.raises(UpdateError) as caught:
                 ps.update("c", request(crew[rank], rank))
         ps.update("c", request(crew[rank], rank), version="healed")
         return (caught.value.rank, caught.value.stage, str(caught.value)), crew[rank].state()[:3]
 
 
-def test_a_rank_that_cannot_join_the_communicator() -> None:
+@pytest.mark.usefixtures("sharing")
+def test_a_rank_that_cannot_join_the_others() -> None:
     with workers(3) as crew:
         results = run_ranks(_cannot_join, 3, crew, timeout=40)
     for (rank, stage, text), state in results:

@@ -27,12 +27,12 @@ def _updates(rank: int, world_size: int, crew: list[Worker], off: int | None) ->
 
 @pytest.mark.parametrize(("world_size", "off"), [(1, None), (2, None), (3, None), (2, 1)])
 def test_every_worker_has_every_tensor(world_size: int, off: int | None) -> None:
-    """One rank that does not map is enough for all to broadcast."""
+    """One rank that does not map is enough for none to."""
     with workers(world_size) as crew:
         results = run_ranks(_updates, world_size, crew, off)
     for seen in results:
         for seed, (method, stages, (_, dirty, params, calls)) in enumerate(seen):
-            assert method == ("mapped" if off is None else "broadcast")
+            assert method == ("mapped" if off is None else "copies")
             assert ("lift" in stages) == (off is not None)
             assert params == digests(tensors(seed))
             assert not dirty
@@ -67,12 +67,12 @@ def test_tensors_that_their_file_does_not_align(tmp_path: Path) -> None:
         assert run_ranks(_files, 2, crew, str(tmp_path / "odd.safetensors")) == [("mapped", True)] * 2
 
 
-def test_files_in_place_cannot_be_sealed_and_are_broadcast(shm_dir: Path) -> None:
+def test_files_in_place_cannot_be_sealed_and_are_copied(shm_dir: Path) -> None:
     from safetensors.torch import save_file
 
     save_file(tensors(4), shm_dir / "a.safetensors")
     with workers(2) as crew:
-        assert run_ranks(_files, 2, crew, str(shm_dir / "a.safetensors")) == [("broadcast", True)] * 2
+        assert run_ranks(_files, 2, crew, str(shm_dir / "a.safetensors")) == [("copies", True)] * 2
 
 
 def _scribbler(rank: int, world_size: int, crew: list[Worker]) -> Any:

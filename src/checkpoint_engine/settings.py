@@ -29,6 +29,7 @@ class Settings:
     ring_bytes       device memory shared with the worker; None: chosen from bucket_bytes
     nccl_channels    of the communicator that shares among GPUs; None: chosen from world size
     mem_fraction     at most this part of the smallest free device memory is used for the ring
+    peer_copies      on one host, let each rank copy into the other ranks' rings instead of broadcasting
     map_regions      on a CPU, and one host, let workers load straight from the servers' memory instead of broadcasting
     free_after_update  give ring, staging and communicator back after each update
     socket_dir       directory of the sockets a worker connects to; workers must see the same path
@@ -48,6 +49,7 @@ class Settings:
     ring_bytes: int | None = None
     nccl_channels: int | None = None
     mem_fraction: float = 0.9
+    peer_copies: bool = True
     map_regions: bool = True
     free_after_update: bool = False
     socket_dir: Path = dataclasses.field(default_factory=default_socket_dir)
@@ -111,6 +113,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "CHECKPOINT_ENGINE_BUCKET_BYTES": ("bucket_bytes", int),
     "CHECKPOINT_ENGINE_RING_BYTES": ("ring_bytes", int),
     "CHECKPOINT_ENGINE_NCCL_CHANNELS": ("nccl_channels", int),
+    "CHECKPOINT_ENGINE_PEER_COPIES": ("peer_copies", _flag),
     "CHECKPOINT_ENGINE_MAP_REGIONS": ("map_regions", _flag),
     "CHECKPOINT_ENGINE_FREE_AFTER_UPDATE": ("free_after_update", _flag),
     "CHECKPOINT_ENGINE_SOCKET_DIR": ("socket_dir", Path),

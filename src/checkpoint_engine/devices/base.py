@@ -133,6 +133,11 @@ class Device(ABC):
         when it cannot be mapped."""
 
     @abstractmethod
+    def open_peer(self, handle: SharedHandle, descriptors: tuple[int, ...]) -> Mapping:
+        """Map another server's ring, perhaps on another device of this host, to copy into; takes ownership of `descriptors`.
+        Raises ProtocolError or DeviceError when it cannot be mapped."""
+
+    @abstractmethod
     def allocate(self, nbytes: int) -> Ring:
         """Staging memory: as a ring, but never shared."""
 

@@ -124,10 +124,15 @@ class CpuStream(Stream):
     def busy(self, since: Event, until: Event) -> float:
         return until.time - since.time  # type: ignore[attr-defined, no-any-return]
 
-    def close(self) -> None:
+    def finish(self, seconds: float) -> bool:
+        """End when all that is queued is done; whether that was within `seconds`."""
         if self._thread.is_alive():
             self._queue.put(None)
-            self._thread.join(5)
+            self._thread.join(max(0.0, seconds))
+        return not self._thread.is_alive()
+
+    def close(self) -> None:
+        self.finish(5)
 
 
 class _NotRegistered(Closing):
@@ -167,7 +172,7 @@ class CpuDevice(Device):
             raise ProtocolError(f"a worker on a CPU cannot map memory of kind {handle.kind!r}")
         return CpuMapping(descriptors[0], handle.nbytes, private=handle.kind == "region")
 
-    allocate = allocate_ring
+    allocate, open_peer = allocate_ring, open_ring
 
     def stream(self, name: str) -> Stream:
         return CpuStream(name)

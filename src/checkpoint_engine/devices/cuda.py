@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable
 
 import torch
@@ -17,13 +16,12 @@ from checkpoint_engine.devices.base import Closing, Device, Event, Mapping, Ring
 from checkpoint_engine.devices.cudart import INVALID_VALUE, OUT_OF_MEMORY, CudaRuntime, runtime
 from checkpoint_engine.devices.foreign import tensor_at
 from checkpoint_engine.devices.numa import bind_to_node, gpu_node, place_on_node
+from checkpoint_engine.devices.polling import poll
 from checkpoint_engine.errors import DeviceError, ManifestError, ProtocolError
 
 GRANULE = 2 << 20
 """Bytes. cudaMalloc packs smaller allocations into one block of this size, and an IPC handle shares the whole block."""
 
-_SPIN = 50e-6
-_NAP = (20e-6, 500e-6)
 _CANNOT_MAP = (INVALID_VALUE, 201, 205, 217, 304, 400, 800, 801, 999)  # what drivers answer to a handle they cannot open
 
 
@@ -49,9 +47,12 @@ class CudaRing(Ring):
 
 
 class CudaMapping(Mapping):
-    """The memory is unmapped when the last view of `tensor` is gone: an engine may hold on to one for a while."""
+    """The memory is unmapped when the last view of `tensor` is gone: an engine may hold on to one for a while.
 
-    def __init__(self, device: CudaDevice, handle: SharedHandle) -> None:
+    anywhere: it may be another device's memory, which `tensor` then hides: only to be copied to or from.
+    """
+
+    def __init__(self, device: CudaDevice, handle: SharedHandle, *, anywhere: bool = False) -> None:
         calls, index = device.runtime, device.index
         with torch.cuda.device(index):
             address = calls.ipc_open(handle.token)
@@ -61,7 +62,7 @@ class CudaMapping(Mapping):
             with contextlib.suppress(Exception), torch.cuda.device(index):
                 calls.ipc_close(address)
 
-        if (owner := calls.pointer_device(address)) != index:
+        if not anywhere and (owner := calls.pointer_device(address)) != index:
             unmap()
             raise ProtocolError(f"the server's ring was mapped on cuda:{owner}, but this worker computes on cuda:{index}")
         self.tensor = tensor_at(address + handle.offset, handle.nbytes, device.torch_device, unmap)
@@ -74,12 +75,7 @@ class CudaMapping(Mapping):
 
 
 class CudaEvent(Event):
-    """A timing event. Waiting polls: the runtime's own wait has no deadline.
-
-    It spins for 50 us, then naps for about a sixteenth of the time waited so far, 20 to 500 us. The kernel adds its timer
-    slack (50 us by default) to every nap, so an event that comes within a millisecond is noticed some 40 us late on
-    average (at most about 80), a late one 3 % late, and a waiting thread takes a few percent of a core.
-    """
+    """A timing event. Waiting polls: the runtime's own wait has no deadline."""
 
     def __init__(self, what: str, stream: torch.cuda.Stream) -> None:
         self._what = what
@@ -93,16 +89,7 @@ class CudaEvent(Event):
             raise DeviceError(f"work on {self._what}", 0, str(e).splitlines()[0]) from e
 
     def wait(self, seconds: float) -> bool:
-        start = time.monotonic()
-        while not self.done():
-            waited = time.monotonic() - start
-            if waited >= seconds:
-                return False
-            if waited >= _SPIN:
-                time.sleep(min(max(waited / 16, _NAP[0]), _NAP[1], seconds - waited))
-            else:
-                time.sleep(0)  # lets other Python threads run
-        return True
+        return poll(self.done, seconds)
 
 
 class CudaStream(Stream):
@@ -219,6 +206,13 @@ class CudaDevice(Device):
                 f"the server's ring cannot be mapped on {self.name} ({self.uuid}): {e}. Server and worker must run on one"
                 " host, see the same device, and share the PID and IPC namespaces (hostPID and hostIPC, --pid=host --ipc=host)"
             ) from e
+
+    def open_peer(self, handle: SharedHandle, descriptors: tuple[int, ...]) -> Mapping:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if handle.kind != "cuda_ipc":
+            raise ProtocolError(f"a server on {self.name} cannot map memory of kind {handle.kind!r}")
+        return CudaMapping(self, handle, anywhere=True)
 
     def stream(self, name: str) -> Stream:
         return CudaStream(self, name)

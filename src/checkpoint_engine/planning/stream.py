@@ -25,9 +25,8 @@ AHEAD_OF_SMALL = 1
 OPEN = 2
 """Buckets in the ring that may be incomplete at a time: two owners alternate. A ring has room for three; one is being loaded."""
 
-LARGEST_AT_ONCE = 1
-"""For how many of the largest buckets together the area behind the ring has room. With 2, an embedding and a head on
-different ranks could come side by side, for that much more device memory."""
+PASSED = 2
+"""Large buckets without room that an owner may pass by: the large ones of no layer are at most an embedding and a head."""
 
 NEAR = 32
 """Buckets among which those to go on with beside the first are looked for: bounds the planner's own time."""
@@ -94,9 +93,10 @@ class Interleaver:
         return draft.nbytes > self._bucket_bytes
 
     def _area_bytes(self) -> int:
-        """LARGEST_AT_ONCE; where large ones are many, and not just an embedding and a head, two of the third largest."""
-        sizes = sorted((aligned(draft.nbytes) for draft in self._drafts if self._large(draft)), reverse=True)
-        return max(sum(sizes[:LARGEST_AT_ONCE]), 2 * sizes[2] if len(sizes) > 2 else 0)
+        """The largest, and beside it two of the third largest: while an embedding or a head travels, other owners go on with
+        matrices that are large as well. At most two of the largest."""
+        sizes = [*sorted((aligned(draft.nbytes) for draft in self._drafts if self._large(draft)), reverse=True), 0, 0, 0]
+        return min(sizes[0] + 2 * sizes[2], 2 * sizes[0])
 
     def _begin(self, draft: Draft) -> bool:
         """Give it a place, unless it has one. False: there is none yet."""
@@ -129,25 +129,32 @@ class Interleaver:
         others = {draft.owner: None for draft in near if draft.owner not in first.owners}
         left = max(1, self._left[first.owner] + nbytes)
         for owner in others:  # who had to wait does not catch up at once: the first draft's owner would wait in its turn
-            room = min(self._room[owner], self._next_bytes(owner))
-            self._room[owner] = room + min(nbytes, nbytes * self._left[owner] // left)
+            if (head := self._head(owner)) is not None:
+                room = min(self._room[owner], self._next_bytes(head))
+                self._room[owner] = room + min(nbytes, nbytes * self._left[owner] // left)
         ahead = self._ahead[0] if self._large(first) else self._ahead[1]
-        while heads := [self._queues[owner][0] for owner in others if self._may_go_on(owner, ahead)]:
+        while heads := [h for owner in others if (h := self._head(owner)) is not None and self._may_go_on(h, ahead)]:
             head = min(heads, key=lambda draft: draft.position)
             if self._begin(head):
                 self._room[head.owner] -= self._advance(head)
             else:
                 del others[head.owner]
 
-    def _next_bytes(self, owner: int) -> int:
-        draft = self._queues[owner][0]
+    def _head(self, owner: int) -> Draft | None:
+        """What `owner` goes on with: its next draft, past large ones for which there is no room yet, a head behind another
+        rank's embedding say."""
+        for draft in islice(self._queues[owner], 1 + PASSED):
+            if draft in self._placed or not self._large(draft) or self._area.low(draft, self._index) is not None:
+                return draft
+        return None
+
+    def _next_bytes(self, draft: Draft) -> int:
         return draft.pieces[self._open.get(draft, 0)].nbytes
 
-    def _may_go_on(self, owner: int, ahead: int) -> bool:
+    def _may_go_on(self, draft: Draft, ahead: int) -> bool:
         """Half of the next piece is enough: it is lifted by the time it is due, with a slot to spare."""
-        if not self._queues[owner] or 2 * self._room[owner] < self._next_bytes(owner):
+        if 2 * self._room[draft.owner] < self._next_bytes(draft):
             return False
-        draft = self._queues[owner][0]
         if draft in self._open:
             return True
         if self._large(draft):
@@ -187,13 +194,21 @@ class _Ring:
         self._head, self._after = 0, -1
         self._live: list[tuple[int, int, Draft]] = []  # (start, end)
 
-    def place(self, draft: Draft, complete: dict[Draft, int]) -> tuple[int, int] | None:
-        """(offset, after), or None when a draft that is not complete is in the way."""
+    def low(self, draft: Draft, complete: dict[Draft, int]) -> int | None:
+        """Where it would start; None when a draft that is not complete is in the way."""
         size = aligned(draft.nbytes)
         low = self._head if self._head + size <= self.nbytes else 0
-        over = [other for start, end, other in self._live if start < low + size and low < end]
-        if any(other not in complete for other in over):
+        return None if any(other not in complete for other in self._over(low, size)) else low
+
+    def _over(self, low: int, size: int) -> list[Draft]:
+        return [other for start, end, other in self._live if start < low + size and low < end]
+
+    def place(self, draft: Draft, complete: dict[Draft, int]) -> tuple[int, int] | None:
+        """(offset, after), or None when a draft that is not complete is in the way."""
+        if (low := self.low(draft, complete)) is None:
             return None
+        size = aligned(draft.nbytes)
+        over = self._over(low, size)
         self._after = max([self._after, *(complete[other] for other in over)])
         self._live = [entry for entry in self._live if entry[2] not in over]
         self._live.append((low, low + size, draft))

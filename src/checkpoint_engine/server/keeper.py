@@ -11,22 +11,31 @@ from checkpoint_engine.transport.collective import Collective
 
 
 class Keeper(Closing):
-    """generation: number of the communicator that this rank has or wants; the highest of all ranks is made."""
+    """generation: number of the communicator that this rank has or wants; the highest of all ranks is made. proven: the last
+    update copied into other ranks' rings."""
 
     def __init__(self, fleet: Fleet, device: Device) -> None:
         self._fleet, self._device = fleet, device
         self._lane: Lane | None = None
         self.collective: Collective | None = None
         self.generation = 0
+        self.proven = False
 
-    def prepare(self, plan: Plan) -> None:
+    @property
+    def ring_bytes(self) -> int:
+        """Of the ring that is there now; 0: none is."""
+        lane = self._lane
+        return 0 if lane is None else lane.ring_bytes
+
+    def prepare(self, plan: Plan) -> Lane:
         """Have a lane of the plan's size. Raises ManifestError when there is no memory for it."""
         self.mend()
         if self._lane is not None and not self._lane.fits(plan):
             self._lane.close()
             self._lane = None
         if self._lane is None:
-            self._lane = Lane(self._device, self._fleet.rank, plan.ring_bytes, plan.piece_bytes, self._fleet.world_size)
+            self._lane = Lane(self._device, self._fleet.rank, plan.ring_bytes, plan.piece_bytes)
+        return self._lane
 
     def mend(self) -> None:
         """Give up a lane whose communicator was abandoned."""
@@ -45,7 +54,7 @@ class Keeper(Closing):
                 self.collective = None
             self.generation = generation
             self.collective = self._fleet.collective(self._device, generation)
-        lane.collective = self.collective
+        lane.use(self.collective)
         return lane
 
     def skip(self, generation: int) -> None:

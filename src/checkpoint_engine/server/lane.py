@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Collection
 
 import torch
 
@@ -19,27 +20,44 @@ _quarantine: list[contextlib.ExitStack] = []
 class Lane(Closing):
     """Owns device memory and streams for plans with up to `ring_bytes` of ring and `piece_bytes` of staging slot.
 
-    collective: not owned; None in a world of one. posted: broadcasts queued so far in this update. All ranks queue the same
-    ones in the same order, so after a failure they can be brought level.
+    collective: not owned; None in a world of one. staging: slots to lift into; empty: lift straight into the ring. posted:
+    broadcasts queued so far in this update. All ranks queue the same ones in the same order, so after a failure they can be
+    brought level.
     """
 
-    def __init__(self, device: Device, rank: int, ring_bytes: int, piece_bytes: int, world_size: int) -> None:
+    def __init__(self, device: Device, rank: int, ring_bytes: int, piece_bytes: int) -> None:
         self.device, self.rank = device, rank
         self.ring_bytes, self.piece_bytes = ring_bytes, piece_bytes
         self.collective: Collective | None = None
         self.posted = 0
         self.damaged = False
+        self.staging: list[torch.Tensor] = []
         self._stopped = True
         with contextlib.ExitStack() as memory:
             self.ring: Ring = memory.enter_context(device.allocate_ring(ring_bytes))
-            slots = device.staging_slots if world_size > 1 else 0
-            self.staging = [memory.enter_context(device.allocate(piece_bytes)).tensor for _ in range(slots)]
             self.lifting = device.stream("lift")
             self.sharing = device.stream("share")
             self._memory = memory.pop_all()
 
+    @property
+    def method(self) -> str:
+        """How ranks share, for reports: "copies" or "broadcast"."""
+        return "broadcast" if self.collective is None or self.collective.in_step else "copies"
+
+    @property
+    def in_step(self) -> bool:
+        """Whether after a failure all ranks must be brought to the same broadcast."""
+        return self.collective is not None and self.collective.in_step
+
     def fits(self, plan: Plan) -> bool:
         return not self.damaged and self.ring_bytes == plan.ring_bytes and self.piece_bytes == plan.piece_bytes
+
+    def use(self, collective: Collective | None) -> None:
+        """For the next update. Raises ManifestError when there is no memory for staging that it wants."""
+        self.collective, self.posted = collective, 0
+        slots = self.device.staging_slots if collective is not None and collective.staged else 0
+        if len(self.staging) != slots:
+            self.staging = [self._memory.enter_context(self.device.allocate(self.piece_bytes)).tensor for _ in range(slots)]
 
     def lift(self, bucket: Bucket, piece: Piece, slot: torch.Tensor | None, regions: list[torch.Tensor]) -> tuple[Event, Event]:
         """Queue the piece's copies from the regions into a staging slot, or (None) straight to its place in the ring."""
@@ -50,31 +68,37 @@ class Lane(Closing):
             self.lifting.copy(target[at : at + c.nbytes], regions[c.region][c.source : c.source + c.nbytes])
         return start, self.lifting.record()
 
-    def share(self, bucket: Bucket, piece: Piece, lifted: Event | None, slot: torch.Tensor | None) -> tuple[Event, Event]:
-        """Queue the piece's broadcast, behind its lift on the rank that owns it."""
-        place = bucket.offset + piece.offset
-        view = self.ring.tensor[place : place + piece.nbytes]
-        if lifted is not None:
-            self.sharing.after(lifted)
-        start = self.sharing.record()
-        self._broadcast(view, None if slot is None else slot[: piece.nbytes], piece.owner)
-        return start, self.sharing.record()
+    def share(self, bucket: Bucket, piece: Piece, lifted: Event | None, slot: torch.Tensor | None) -> Event:
+        """Queue the piece's broadcast, behind its lift on the rank that owns it. Returns the event of its arrival here."""
+        return self._broadcast(bucket, piece, None if slot is None else slot[: piece.nbytes], lifted)
 
-    def _broadcast(self, target: torch.Tensor, source: torch.Tensor | None, owner: int) -> None:
-        if self.collective is not None:
-            self.collective.broadcast(target, source, owner, self.sharing)
+    def _broadcast(self, bucket: Bucket, piece: Piece, source: torch.Tensor | None, lifted: Event | None) -> Event:
+        place = bucket.offset + piece.offset
+        target = self.ring.tensor[place : place + piece.nbytes]
         self.posted += 1
+        if self.collective is not None:
+            return self.collective.broadcast(target, source, piece.owner, self.sharing, lifted)
+        return lifted or self.lifting.record()
+
+    def rest(self) -> None:
+        """A pass has ended well on this rank."""
+        if self.collective is not None:
+            self.collective.rest()
+
+    def quiet(self, seconds: float) -> bool:
+        """After a failure, before this rank says that it stopped; see Collective."""
+        return self.collective is None or self.collective.quiet(self.sharing, seconds)
 
     def level(self, plan: Plan, target: int, seconds: float) -> bool:
         """After a failure: queue broadcasts until `target` are queued, as on all other ranks, and wait for them. What they
         carry does not matter any more. False when that did not end within `seconds`, or failed."""
+        if not self.in_step:
+            return True
         try:
             while self.posted < target:
                 index, number = plan.stream[self.posted % len(plan.stream)]
                 bucket = plan.buckets[index]
-                piece = bucket.pieces[number]
-                place = bucket.offset + piece.offset
-                self._broadcast(self.ring.tensor[place : place + piece.nbytes], None, piece.owner)
+                self._broadcast(bucket, bucket.pieces[number], None, None)
             return self.sharing.record().wait(seconds)
         except Exception as e:  # whatever a broken communicator raises, it means one thing here
             log.warning("rank %d: the communicator could not be brought level: %s", self.rank, e)
@@ -86,11 +110,12 @@ class Lane(Closing):
             if not self.lifting.record().wait(seconds):
                 log.warning("rank %d: copies from host memory still run after %g s", self.rank, seconds)
 
-    def abandon(self) -> None:
-        """Give up the communicator, and with it all memory that it may still write to."""
+    def abandon(self, missing: Collection[int] = ()) -> None:
+        """Give up the communicator, and with it all memory that it may still write to. missing: ranks that did not say that
+        they stopped."""
         self.damaged = True
         if self.collective is not None:
-            self._stopped = self.collective.abandon()
+            self._stopped = self.collective.abandon(missing)
 
     def close(self) -> None:
         self.lifting.close()

@@ -7,12 +7,8 @@ map every region. Ranks that cannot open each other's descriptors (other users, 
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from checkpoint_engine.devices.base import Closing, SharedHandle
 from checkpoint_engine.manifest import Manifest
@@ -20,30 +16,16 @@ from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.planning.mapped import mapped_items
 from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.transport.channel import MAX_DESCRIPTORS
+from checkpoint_engine.transport.descriptors import SharedDescriptor
 from checkpoint_engine.transport.messages import Attach, StageStats, Table
 from checkpoint_engine.transport.session import WorkerChannel
 
 
-class SharedRegion(msgspec.Struct, frozen=True, array_like=True):
-    """A region of process `pid`: its descriptor there, and the inode that proves that it is still the same."""
-
-    pid: int
-    descriptor: int
-    inode: int
-    nbytes: int
-
-
-def whereabouts() -> str:
-    """Equal for processes that can open each other's descriptors: host, boot, PID namespace and user."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
-
-
-def describe(regions: Sequence[HostRegion]) -> tuple[SharedRegion, ...] | None:
+def describe(regions: Sequence[HostRegion]) -> tuple[SharedDescriptor, ...] | None:
     """None when one of them is a file in place, which cannot be sealed: its owner could shrink it under a reader."""
     if any(region.in_place for region in regions):
         return None
-    return tuple(SharedRegion(os.getpid(), r.fd, os.fstat(r.fd).st_ino, r.nbytes) for r in regions)
+    return tuple(SharedDescriptor.of(r.fd, r.nbytes) for r in regions)
 
 
 class OpenRegions(Closing):
@@ -52,7 +34,7 @@ class OpenRegions(Closing):
     Raises OSError when one cannot be opened, or is not the one that was announced.
     """
 
-    def __init__(self, regions: Sequence[SharedRegion], manifest: Manifest) -> None:
+    def __init__(self, regions: Sequence[SharedDescriptor], manifest: Manifest) -> None:
         self.manifest = manifest
         self.handles = tuple(SharedHandle("region", region.nbytes) for region in regions)
         self.descriptors: tuple[int, ...] = ()
@@ -60,10 +42,7 @@ class OpenRegions(Closing):
             raise OSError(f"{len(regions)} regions are more than a message can carry")
         try:
             for region in regions:
-                descriptor = os.open(f"/proc/{region.pid}/fd/{region.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-                self.descriptors += (descriptor,)
-                if os.fstat(descriptor).st_ino != region.inode:
-                    raise OSError(f"descriptor {region.descriptor} of process {region.pid} is another file by now")
+                self.descriptors += (region.open(os.O_RDONLY),)
         except BaseException:
             self.close()
             raise

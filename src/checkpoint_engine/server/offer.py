@@ -5,13 +5,14 @@ from __future__ import annotations
 import msgspec
 
 from checkpoint_engine.errors import AgreementError
-from checkpoint_engine.server.mapped import SharedRegion
+from checkpoint_engine.transport.descriptors import SharedDescriptor
 from checkpoint_engine.transport.links import Links
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True):
     """host: for messages. plan: its digest. generation: of the communicator that this rank has or wants. where, regions:
-    for ranks of the same host to open (None: they cannot). error: why this rank cannot take part."""
+    for ranks of the same host to open (None: they cannot). copies: it would share by peer copies. error: why this rank
+    cannot take part."""
 
     checkpoint: str
     plan: str
@@ -21,7 +22,8 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     generation: int
     host: str
     where: str = ""
-    regions: tuple[SharedRegion, ...] | None = None
+    copies: bool = False
+    regions: tuple[SharedDescriptor, ...] | None = None
     error: str = ""
 
 

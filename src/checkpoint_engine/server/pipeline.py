@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from checkpoint_engine.devices.base import Event
+from checkpoint_engine.devices.spans import Spans
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError
 from checkpoint_engine.planning.plan import Bucket, Piece, Plan
 from checkpoint_engine.server.lane import Lane
@@ -76,8 +77,7 @@ class Pass:
         self._own: list[tuple[Bucket, Piece]] = [(b, p) for b, p in stream if p.owner == lane.rank]
         self._lifts: list[_Lifted] = []
         self._shares: list[Event] = []  # of own pieces
-        self._lift_times: list[tuple[Event, Event]] = []
-        self._share_times: list[tuple[Event, Event]] = []
+        self._lift_spans = Spans()
 
     def run(self) -> dict[str, StageStats]:
         """Returns when this rank's worker has loaded everything and run its post-hook.
@@ -135,12 +135,11 @@ class Pass:
                 lifted = self._lifts[next_own]
                 next_own += 1
             slot = None if lifted is None or lifted.slot is None else self._lane.staging[lifted.slot]
-            times = self._lane.share(bucket, piece, lifted and lifted.done, slot)
-            self._share_times.append(times)
+            shared = self._lane.share(bucket, piece, lifted and lifted.done, slot)
             if lifted is not None:
-                self._shares.append(times[1])
+                self._shares.append(shared)
             if number + 1 == len(bucket.pieces):
-                self._arrived.put((index, times[1]))
+                self._arrived.put((index, shared))
 
     def _lift_ahead(self) -> None:
         """Queue lifts of this rank's next pieces as far as there is room, up to the staging slots or what the ring has free."""
@@ -158,7 +157,7 @@ class Pass:
             elif self._loaded <= bucket.after:
                 return
             times = self._lane.lift(bucket, piece, None if slot is None else staging[slot], self._regions)
-            self._lift_times.append(times)
+            self._lift_spans.add(self._lane.lifting, *times)
             self._lifts.append(_Lifted(times[1], slot))
 
     def _wait_loaded(self, bucket: int) -> None:
@@ -189,6 +188,7 @@ class Pass:
             else:
                 self.loads_sent += 1
                 self._tell(worker, Load(index))
+            self._settle()
             if self._progress is not None:
                 self._progress(sum(i.nbytes for i in bucket.items))
         if worker is not None:
@@ -262,12 +262,17 @@ class Pass:
 
     # --- statistics ----------------------------------------------------------------------------------------------------
 
+    def _settle(self) -> None:
+        self._lift_spans.settle()
+        if self._lane.collective is not None:
+            self._lane.collective.spans.settle()
+
     def _stats(self) -> dict[str, StageStats]:
         lane, plan = self._lane, self._plan
         lifted = sum(c.nbytes for _, p in self._own for c in p.copies)
-        stats = {"lift": StageStats(lifted, sum(lane.lifting.busy(a, b) for a, b in self._lift_times))}
+        stats = {"lift": StageStats(lifted, self._lift_spans.take())}
         if lane.collective is not None:
-            stats["share"] = StageStats(plan.nbytes, sum(lane.sharing.busy(a, b) for a, b in self._share_times))
+            stats["share"] = StageStats(plan.nbytes, lane.collective.spans.take())
         return stats | self._load_stats()
 
     def _load_stats(self) -> dict[str, StageStats]:

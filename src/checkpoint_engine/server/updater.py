@@ -23,12 +23,14 @@ from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.gather import Gatherer
 from checkpoint_engine.server.keeper import Keeper
 from checkpoint_engine.server.lane import Lane
-from checkpoint_engine.server.mapped import MappedPass, OpenRegions, SharedRegion, describe, whereabouts
+from checkpoint_engine.server.mapped import MappedPass, OpenRegions, describe
+from checkpoint_engine.server.neighbours import meet_neighbours
 from checkpoint_engine.server.offer import Offer, exchange_offers
 from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.server.report import StageReport, UpdateReport, slowest
 from checkpoint_engine.server.update import RequestFunction, UpdateRun
 from checkpoint_engine.settings import Settings
+from checkpoint_engine.transport.descriptors import SharedDescriptor, whereabouts
 from checkpoint_engine.transport.links import Inbox
 from checkpoint_engine.transport.messages import Failure
 from checkpoint_engine.transport.session import SessionListener
@@ -43,7 +45,7 @@ class _Prepared(NamedTuple):
     manifest: Manifest
     plan: Plan
     regions: tuple[HostRegion, ...]
-    shared: tuple[SharedRegion, ...] | None
+    shared: tuple[SharedDescriptor, ...] | None
 
 
 class Updater:
@@ -70,12 +72,14 @@ class Updater:
             inbox = stack.enter_context(links.inbox(number))
             listener = stack.enter_context(self._listen(inbox, settings))
             prepared = self._prepare(stack, name, settings)
-            offers = exchange_offers(links, self._offer(prepared, name, version, listener.handle), settings.join_timeout)
+            offers = exchange_offers(
+                links, self._offer(prepared, name, version, listener.handle, settings), settings.join_timeout
+            )
             if isinstance(prepared, Exception):
                 raise prepared
             plan = prepared.plan
             mapped = self._map_regions(stack, offers, prepared.manifest, settings)
-            lane = stack.enter_context(self._empty_lane()) if mapped else self._join(number, offers, plan)
+            lane = stack.enter_context(self._empty_lane()) if mapped else self._join(stack, number, offers, plan, settings)
             run = UpdateRun(
                 inbox,
                 offers[0].version,
@@ -90,10 +94,13 @@ class Updater:
                 progress,
             )
             outcome = run.run(req_func, [(o.device, o.handle) for o in offers])
+        self._keeper.proven = lane.method == "copies"
         self._give_back(name, settings)
         ranks = tuple({k: StageReport(s.nbytes, s.seconds) for k, s in stats.items()} for stats in outcome.stats)
-        method, seconds = "mapped" if mapped else "broadcast", time.perf_counter() - start
-        report = UpdateReport(offers[0].version, method, plan.nbytes, seconds, outcome.passes, slowest(ranks), ranks)
+        seconds = time.perf_counter() - start
+        report = UpdateReport(
+            offers[0].version, "mapped" if mapped else lane.method, plan.nbytes, seconds, outcome.passes, slowest(ranks), ranks
+        )
         log.info("rank %d: %s", self._fleet.rank, report)
         return report
 
@@ -108,13 +115,20 @@ class Updater:
 
     def _empty_lane(self) -> Lane:
         """For an update in which nothing is lifted or shared."""
-        return Lane(self._device, self._fleet.rank, ring_bytes=PAGE, piece_bytes=PAGE, world_size=1)
+        return Lane(self._device, self._fleet.rank, ring_bytes=PAGE, piece_bytes=PAGE)
 
-    def _join(self, number: int, offers: list[Offer], plan: Plan) -> Lane:
-        """The lane with the communicator; who cannot join it says so, for the others wait for it there or in the update."""
+    def _join(self, stack: contextlib.ExitStack, number: int, offers: list[Offer], plan: Plan, settings: Settings) -> Lane:
+        """The lane with what it shares by; who cannot join says so, for the others wait for it there or in the update."""
         links, generation = self._fleet.links, max(offer.generation for offer in offers)
         try:
-            self._keeper.prepare(plan)
+            prepare = partial(self._keeper.prepare, plan)
+            if len({offer.where for offer in offers}) == 1 < len(offers) and all(offer.copies for offer in offers):
+                hosts = [offer.host for offer in offers]
+                proven, self._keeper.proven = self._keeper.proven, False  # until this update has gone well
+                lane = meet_neighbours(stack, links, prepare, hosts, proven, settings.timeout, settings.join_timeout)
+                if lane is not None:
+                    return lane
+            prepare()
             return self._keeper.join(generation)
         except BaseException as e:
             self._keeper.skip(generation)
@@ -154,9 +168,11 @@ class Updater:
                 raise
             return e
 
-    def _offer(self, prepared: _Prepared | Exception, name: str, version: str | None, handle: str) -> Offer:
+    def _offer(self, prepared: _Prepared | Exception, name: str, version: str | None, handle: str, settings: Settings) -> Offer:
         host = socket.gethostname()
-        offer = Offer(name, "", version or "", self._device.uuid, handle, self._keeper.generation, host, whereabouts())
+        offer = Offer(
+            name, "", version or "", self._device.uuid, handle, self._keeper.generation, host, whereabouts(), settings.peer_copies
+        )
         if isinstance(prepared, Exception):
             return msgspec.structs.replace(offer, error=f"{type(prepared).__name__}: {prepared}")
         return msgspec.structs.replace(

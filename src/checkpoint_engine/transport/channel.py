@@ -31,6 +31,7 @@ PREAMBLE = struct.Struct("<4sI")
 LENGTH = struct.Struct("<I")
 MAX_FRAME = 256 << 20
 """Bytes. A manifest of 500 000 tensors fits; what announces more is refused before memory is taken for it."""
+READ_BYTES = 64 << 10
 MAX_DESCRIPTORS = 200
 """Beside one message; the kernel takes 253."""
 
@@ -167,7 +168,7 @@ class Channel(Closing, Generic[Incoming]):
         """Append what is there to the buffer; False when nothing is."""
         try:
             unix = self.socket.family == socket.AF_UNIX
-            data = self._read_with_descriptors() if unix else self.socket.recv(1 << 20)
+            data = self._read_with_descriptors() if unix else self.socket.recv(READ_BYTES)
         except BlockingIOError:
             return False
         except OSError as e:
@@ -178,7 +179,7 @@ class Channel(Closing, Generic[Incoming]):
         return True
 
     def _read_with_descriptors(self) -> bytes:
-        data, ancillary, _, _ = self.socket.recvmsg(1 << 20, socket.CMSG_SPACE(4 * MAX_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, _, _ = self.socket.recvmsg(READ_BYTES, socket.CMSG_SPACE(4 * MAX_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC)
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 descriptors = array.array("i")

@@ -1,4 +1,5 @@
-"""Broadcasts among servers, on a communicator of their own: never on the caller's process group. Made once and kept."""
+"""How servers share what one of them lifted, and the communicators for it: never on the caller's process group, made once
+and kept. Ranks of one host need none (`transport.push`)."""
 
 from __future__ import annotations
 
@@ -8,13 +9,15 @@ import datetime
 import threading
 import time
 from abc import abstractmethod
+from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine.devices.base import Closing, Device, Stream
+from checkpoint_engine.devices.base import Closing, Device, Event, Stream
+from checkpoint_engine.devices.spans import Spans
 from checkpoint_engine.errors import DeadlineError, PeerLostError
 from checkpoint_engine.settings import Settings
 
@@ -37,20 +40,61 @@ def _forget() -> None:
 
 
 class Collective(Closing):
-    """One rank's part of a communicator. After `abandon` it is good for nothing: make another."""
+    """One rank's part in sharing. All ranks make the same calls in the same order. After `abandon` it is good for nothing:
+    make another.
+
+    staged   an owner wants staging slots to lift into, from which it broadcasts; else it lifts straight into its ring
+    in_step  after a failure all ranks must have made equally many calls before the next update (`server.level`)
+    """
+
+    staged = True
+    in_step = True
+
+    def __init__(self) -> None:
+        self.spans = Spans()  # of this rank's broadcasts
 
     @abstractmethod
-    def broadcast(self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream) -> None:
-        """Queue on `stream`: rank `root`'s `source` into every rank's `target`; both uint8, one-dimensional, of one length.
+    def broadcast(
+        self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream, ready: Event | None
+    ) -> Event:
+        """Queue, in the end on `stream`: rank `root`'s `source` into every rank's `target`, the same place of all ranks'
+        rings; both uint8, one-dimensional, of one length. Returns the event of its arrival on this rank.
 
-        source: None on the other ranks, and on the root where `target` holds the bytes already. A broadcast that fails, or
-        does not end in time, fails the stream's later events; neither tensor may be used again then.
+        source: None on the other ranks, and on the root where `target` holds the bytes already. ready: on the root, the event
+        from which on they do. What fails, or does not end in time, fails later events; neither tensor may be used then.
         """
 
+    def rest(self) -> None:
+        """Everything has arrived everywhere: let go of other ranks' rings, which may be freed next."""
+
+    def quiet(self, stream: Stream, seconds: float) -> bool:
+        """After a failure, before this rank says that it stopped: queue nothing further, and have nothing under way that
+        writes to other ranks' rings. False when that was not to be had within `seconds`."""
+        return True
+
     @abstractmethod
-    def abandon(self) -> bool:
-        """Give up on broadcasts that a dead rank holds up. True: they are over. False: their memory may still be written by
-        late arrivals, and whoever owns it must not use it again while this process lives."""
+    def abandon(self, missing: Collection[int]) -> bool:
+        """Give up on broadcasts that a dead rank holds up. missing: ranks that did not say that they stopped. True: they
+        are over. False: this rank's memory may still be written by late arrivals, and whoever owns it must not use it
+        again while this process lives."""
+
+
+class StreamCollective(Collective):
+    """One whose broadcasts are work in `stream` on every rank."""
+
+    def broadcast(
+        self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream, ready: Event | None
+    ) -> Event:
+        if ready is not None:
+            stream.after(ready)
+        start = stream.record()
+        self._queue(target, source, root, stream)
+        end = stream.record()
+        self.spans.add(stream, start, end)
+        return end
+
+    @abstractmethod
+    def _queue(self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream) -> None: ...
 
 
 def join(device: Device, *, rank: int, world_size: int, store: Store, address: str, settings: Settings) -> Collective:
@@ -69,10 +113,11 @@ def join(device: Device, *, rank: int, world_size: int, store: Store, address: s
     return NcclCollective(device, rank, world_size, store, settings)
 
 
-class GlooCollective(Collective):
+class GlooCollective(StreamCollective):
     """torch's gloo back end, used directly: no default group is needed, and no other group is touched."""
 
     def __init__(self, rank: int, world_size: int, store: Store, address: str, join_seconds: float, seconds: float) -> None:
+        super().__init__()
         self.rank = rank
         self._abandoned = threading.Event()
         self._work: Any = None  # the last broadcast
@@ -86,7 +131,7 @@ class GlooCollective(Collective):
             reason = str(e).splitlines()[0]
             raise DeadlineError(f"all {world_size} ranks to join the gloo communicator ({reason})", join_seconds) from e
 
-    def broadcast(self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream) -> None:
+    def _queue(self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream) -> None:
         if source is not None:
             stream.copy(target, source)  # gloo broadcasts in place
         stream.call(partial(self._broadcast, target, root))
@@ -120,7 +165,7 @@ class GlooCollective(Collective):
             if time.monotonic() > deadline:
                 raise DeadlineError(f"the broadcast from rank {root}", self._seconds)
 
-    def abandon(self) -> bool:
+    def abandon(self, missing: Collection[int]) -> bool:
         self._abandoned.set()
         return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from checkpoint_engine.devices.cuda import CudaDevice, CudaStream
 from checkpoint_engine.devices.nccl import NcclCommunicator, unique_id
 from checkpoint_engine.errors import DeadlineError, DeviceError
 from checkpoint_engine.settings import Settings
-from checkpoint_engine.transport.collective import Collective
+from checkpoint_engine.transport.collective import StreamCollective
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -25,10 +26,11 @@ def channels(world_size: int) -> int:
     return 8 if world_size <= 4 else 16
 
 
-class NcclCollective(Collective):
+class NcclCollective(StreamCollective):
     """Broadcasts are queued on the caller's stream and never block the host after the first."""
 
     def __init__(self, device: Device, rank: int, world_size: int, store: Store, settings: Settings) -> None:
+        super().__init__()
         if not isinstance(device, CudaDevice):
             raise DeviceError("NCCL", 0, f"there is no NCCL on a device of kind {device.name}")
         self._seconds, join_seconds = settings.timeout, settings.join_timeout
@@ -43,13 +45,13 @@ class NcclCollective(Collective):
             token, rank, world_size, device.index, timeout=join_seconds, max_ctas=settings.nccl_channels or channels(world_size)
         )
 
-    def broadcast(self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream) -> None:
+    def _queue(self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream) -> None:
         if not isinstance(stream, CudaStream):
             raise DeviceError("ncclBroadcast", 0, "needs a CUDA stream")
         source = target if source is None else source
         self._communicator.broadcast(target, source, root, stream.raw.cuda_stream, timeout=self._seconds)
 
-    def abandon(self) -> bool:
+    def abandon(self, missing: Collection[int]) -> bool:
         return self._communicator.abort()
 
     def close(self) -> None:
