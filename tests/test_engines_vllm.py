@@ -30,11 +30,12 @@ class Server:
 
 
 @pytest.mark.parametrize("results", [[GOOD, GOOD], [str(GOOD), str(GOOD)], [None], []])
-def test_update_resets_the_cache_and_publishes(results: list[Any]) -> None:
+def test_update_then_reset_the_cache_and_publish(results: list[Any]) -> None:
     reset = "/reset_prefix_cache?reset_running_requests=true"
     server = Server({"/collective_rpc": {"results": results}, reset: "", "/update_weight_version": {"success": True}})
     with answering(server) as url, Vllm(url) as engine:
         engine.update(HANDLES, version="v1", seconds=10)
+        engine.finish("v1", seconds=10)
     assert server.seen == [("POST", path) for path in ("/collective_rpc", reset, "/update_weight_version")]
 
 

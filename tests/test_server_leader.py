@@ -44,6 +44,20 @@ def test_the_first_pass_waits_for_all_and_the_end_for_all_requests() -> None:
     assert len(end.stats) == 2
 
 
+def test_nobody_waits_for_the_worker_of_a_rank_that_has_none() -> None:
+    leader = _leader(3)
+    leader.hear(0, m.Waiting(1, 1))
+    leader.hear(2, m.Returned(1, absent=True))
+    assert leader.orders(0.0) == []
+    assert leader.waiting_for() == "the workers of ranks [1] to connect"
+    leader.hear(1, m.Waiting(1, 1))
+    assert leader.orders(0.0) == [m.Begin(1, 1, (0, 1))]
+    _run_pass(leader, 1, 3, 0.0)  # rank 2 relays
+    for rank in (0, 1):
+        leader.hear(rank, m.Returned(1))
+    assert isinstance(leader.orders(0.0)[0], m.End)
+
+
 def test_a_further_pass_begins_after_a_grace_or_when_all_ask() -> None:
     leader = _leader(2)
     for rank in range(2):

@@ -9,15 +9,21 @@
     │   ├── CheckpointExistsError     the name is taken; the checkpoint that holds it is untouched
     │   ├── CheckpointNotFoundError   the name is not registered here, or nothing is registered anywhere
     │   └── CheckpointBusyError       it cannot be unregistered while an update uses it, or while it is being registered
+    ├── LoadPlanError                 a recorded load that cannot be made or used
     ├── ManifestError                 what the ranks hold does not fit together
     ├── ProtocolError                 a peer speaks another version, or something else entirely
     ├── AgreementError            the ranks did not all come to the same call
     ├── DeadlineError                 a wait ended without what it waited for (also a TimeoutError)
     ├── PeerLostError                 a process at the other end is gone
+    ├── TransferError                 a read of a peer's memory failed
+    │   ├── RegionGoneError           the peer does not serve that region, or serves another one in its place
+    │   └── QuarantineError           memory cannot be used or given back: a read that was given up may still write to it
     ├── DeviceError                   a call to the accelerator's runtime failed
     ├── EngineError                   an inference engine did not do what it was asked
     │   ├── EngineUnreachableError    no answer at its endpoint
-    │   └── EngineRefusedError        it answered with an error
+    │   ├── EngineRefusedError        it answered with an error
+    │   ├── EngineUnsupportedError    it has no way to do that
+    │   └── ReplicaError              what another rank's engine did not do
     ├── UpdateInProgressError         this server is already updating
     ├── UpdateError                   raised by `update` on every rank when it failed on any
     └── WorkerUpdateError             raised inside the engine's worker when the update it took part in failed
@@ -91,6 +97,14 @@ class CheckpointBusyError(CheckpointError):
         super().__init__(f"checkpoint {name!r} is in use (an update is running, or it is still being registered)")
 
 
+class LoadPlanError(CheckpointEngineError):
+    """A recorded load cannot be made, read or used; `tensor` says for which tensor, where it is one."""
+
+    def __init__(self, reason: str, tensor: str | None = None) -> None:
+        self.reason, self.tensor = reason, tensor
+        super().__init__(f"load plan: {f'tensor {tensor!r}: ' if tensor is not None else ''}{reason}")
+
+
 class ManifestError(CheckpointEngineError):
     """What the ranks hold does not fit together (a tensor with two shapes, a checkpoint too large for its ring, ...)."""
 
@@ -119,6 +133,22 @@ class PeerLostError(CheckpointEngineError, ConnectionError):
         super().__init__(f"{peer} is gone ({detail})")
 
 
+class TransferError(CheckpointEngineError):
+    """A read of `peer`'s memory failed in `stage`. region: which of the peer's, where that is known."""
+
+    def __init__(self, peer: str, stage: str, reason: str, region: int | None = None) -> None:
+        self.peer, self.stage, self.reason, self.region = peer, stage, reason, region
+        super().__init__(f"{peer}, stage {stage}{'' if region is None else f', region {region}'}: {reason}")
+
+
+class RegionGoneError(TransferError):
+    """The peer does not serve that region, or serves another one in its place: the manifest is out of date."""
+
+
+class QuarantineError(TransferError):
+    """Memory cannot be used or given back: a read from `peer` that was given up may still write to it."""
+
+
 class DeviceError(CheckpointEngineError):
     """`call` to the accelerator's runtime failed with error number `code` (0: it was never made)."""
 
@@ -145,6 +175,18 @@ class EngineRefusedError(EngineError):
     def __init__(self, endpoint: str, status: int, body: str) -> None:
         self.status, self.body = status, body
         super().__init__(endpoint, f"answered {status}: {body[:500]}")
+
+
+class EngineUnsupportedError(EngineError):
+    """The engine has no way to do what it was asked; nothing was sent."""
+
+
+class ReplicaError(EngineError):
+    """The engine that rank `rank` asks did not do `stage` (ready, pause, finish). That rank raises the engine's own error."""
+
+    def __init__(self, endpoint: str, rank: int, stage: str, reason: str) -> None:
+        self.rank, self.stage = rank, stage
+        super().__init__(endpoint, f"{stage} failed on rank {rank}: {reason}")
 
 
 class UpdateInProgressError(CheckpointEngineError):

@@ -3,33 +3,52 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
+from checkpoint_engine.cli import EXIT_ENGINE
 from checkpoint_engine.cli.progress import line, meter, size, speed, table
-from checkpoint_engine.errors import DeadlineError, EngineUnreachableError, SettingsError
+from checkpoint_engine.errors import CheckpointEngineError, ReplicaError, SettingsError
 
 if TYPE_CHECKING:
-    from checkpoint_engine.engines import Engine
-    from checkpoint_engine.server import UpdateReport
+    from checkpoint_engine.engines import Engine, Policy
+    from checkpoint_engine.server import RolloutReport
+
+
+Kind = Annotated[str, typer.Option(help="Kind of engine: sglang (and the embedded one), vllm, lmdeploy or tensorrt-llm.")]
+Sockets = Annotated[list[str] | None, typer.Option(help="Unix socket of the endpoint in the same place, instead of its port.")]
+Token = Annotated[str | None, typer.Option(envvar="CHECKPOINT_ENGINE_TOKEN", help="API key of the engines.")]
+PauseMode = Annotated[
+    Literal["keep", "wait", "abort"] | None, typer.Option(help="Pause engines; running requests are kept, waited for or aborted.")
+]
+ResumeDirty = Annotated[bool, typer.Option("--resume-dirty", help="After a failure also resume engines with mixed weights.")]
+OnFailure = Annotated[
+    Literal["abort", "continue"], typer.Option(help="When an engine fails: abort for all, or continue without it.")
+]
 
 
 def update(
     checkpoint: Annotated[Path, typer.Option(help="Directory of safetensors files; every rank must see it.")],
     endpoint: Annotated[list[str], typer.Option(help="URL of an engine; repeat it for further replicas, in rank order.")],
     inference_parallel_size: Annotated[int, typer.Option(help="Ranks that one engine spans (TP x PP).", min=1)],
-    engine: Annotated[str, typer.Option(help="Kind of engine: sglang (and the embedded one) or vllm.")] = "sglang",
+    engine: Kind = "sglang",
+    uds: Sockets = None,
+    token: Token = None,
+    pause: PauseMode = None,
+    resume_dirty: ResumeDirty = False,
+    on_replica_failure: OnFailure = "abort",
     weight_version: Annotated[str | None, typer.Option(help="Version that the engines report from then on.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the checkpoint; its directory's name by default.")] = None,
     wait: Annotated[float, typer.Option(help="Seconds for an engine to become ready.", min=0.1)] = 600.0,
-    timeout: Annotated[float, typer.Option(help="Seconds for the update.", min=0.1)] = 600.0,
+    timeout: Annotated[float, typer.Option(help="Seconds for the update, and for each call around it.", min=0.1)] = 600.0,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Update running engines from a checkpoint on disk.
@@ -37,23 +56,25 @@ def update(
     torchrun --nproc-per-node N -m checkpoint_engine update --checkpoint DIR --endpoint URL --inference-parallel-size K
 
     Each rank holds its share of every layer in host memory. Endpoint i serves ranks i*K to (i+1)*K - 1, and the first of
-    them asks it to update.
+    them asks it: wait until ready, pause, update, forget cached prefixes, publish the version, resume. After a failure
+    engines with whole weights are resumed, and those with a mixture stay paused. With --on-replica-failure continue the
+    command succeeds if some engine was updated, and says which were not.
     """
     rank, world_size = world(os.environ)
     check_ranks(len(endpoint), inference_parallel_size, world_size)
-    name = name or checkpoint.resolve().name
     console = Console(file=sys.stderr if json_output else sys.stdout)
 
     # Imported here, so that a mistake in the arguments is told at once.
-    from checkpoint_engine.engines import get_engine
+    from checkpoint_engine.engines import Policy, get_engine
     from checkpoint_engine.memory.safetensors import checkpoint_files
 
+    limits = {"ready_seconds": wait, "call_seconds": timeout}
+    policy = Policy(pause=pause, resume_dirty=resume_dirty, on_replica_failure=on_replica_failure, **limits)
     files = [str(file) for file in checkpoint_files(checkpoint)]
     with ExitStack() as stack:
-        engines = [stack.enter_context(get_engine(engine, url)) for url in endpoint]
-        index, position = divmod(rank, inference_parallel_size)
-        asked = engines[index] if position == 0 else None
-        report = _update(console, name, files, engines, asked, weight_version, wait, timeout)
+        engines = [stack.enter_context(get_engine(engine, url, path, token)) for url, path in sockets(endpoint, uds)]
+        with _notes(rank):
+            report = _update(console, name or checkpoint.resolve().name, files, engines, policy, weight_version, timeout)
     if rank == 0:
         if json_output:
             print(json.dumps(report.to_dict()))
@@ -61,42 +82,48 @@ def update(
             show(console, report)
 
 
+@contextmanager
+def _notes(rank: int) -> Iterator[None]:
+    """Prints the notes of an error: what is left to do. Another rank's engine is that rank's to speak of."""
+    try:
+        yield
+    except CheckpointEngineError as e:
+        for note in getattr(e, "__notes__", ()):
+            typer.echo(f"checkpoint-engine: {note}", err=True)
+        if isinstance(e, ReplicaError) and e.rank != rank:
+            raise typer.Exit(EXIT_ENGINE) from None
+        raise
+
+
 def _update(
     console: Console,
     name: str,
     files: list[str],
     engines: Sequence[Engine],
-    asked: Engine | None,
+    policy: Policy,
     version: str | None,
-    wait: float,
     timeout: float,
-) -> UpdateReport:
+) -> RolloutReport:
     from datetime import timedelta
 
-    from checkpoint_engine.engines import request_for_rank
     from checkpoint_engine.ps import ParameterServer
 
-    rank, world_size = world(os.environ)
+    rank, _ = world(os.environ)
     leads = rank == 0
     with ParameterServer() as ps:
         with meter(console, f"register {name}, share of rank {rank}", show=leads) as bar:
             ps.register_checkpoint(name, files=files, stripe=True, progress=bar.reach)
-        if asked is not None:
-            if leads:
-                line(console, f"wait for {', '.join(engine.endpoint for engine in engines)}")
-            try:
-                asked.wait_ready(wait)
-            except DeadlineError as e:  # it answers, but takes no weights
-                raise EngineUnreachableError(asked.endpoint, str(e)) from None
         ps.gather_metas(name)
-        request = request_for_rank(engines, rank, world_size, version=version, seconds=timeout)
+        if leads:
+            line(console, f"wait for {', '.join(engine.endpoint for engine in engines)}")
         limit = timedelta(seconds=timeout)
         with meter(console, f"update {name}", ps.get_metas().nbytes, show=leads) as bar:
-            return ps.update(name, request, timeout=limit, version=version, progress=bar.advance)
+            return ps.roll_out(name, engines=engines, policy=policy, timeout=limit, version=version, progress=bar.advance)
 
 
-def show(console: Console, report: UpdateReport) -> None:
-    """Print a report: one row for each stage and one for the whole."""
+def show(console: Console, rollout: RolloutReport) -> None:
+    """Print a report: one row for each stage and one for the whole; then the engines' pause, and those left out."""
+    report = rollout.update
     rows = [
         [stage, size(done.nbytes), f"{done.seconds:.3f} s", speed(done.nbytes, done.seconds)]
         for stage, done in report.stages.items()
@@ -104,6 +131,19 @@ def show(console: Console, report: UpdateReport) -> None:
     rows.append(["update", size(report.nbytes), f"{report.seconds:.3f} s", speed(report.nbytes, report.seconds)])
     title = f"{report.version} by {report.method}"
     table(console, title, ["stage", "bytes", "time", "speed"], rows, numbers=3)
+    if not math.isnan(rollout.pause_ms):
+        line(console, f"engines were paused for {rollout.pause_ms:.0f} ms at most")
+    for endpoint, why in rollout.failed.items():
+        line(console, f"not updated: engine at {endpoint}: {why}")
+
+
+def sockets(endpoints: Sequence[str], paths: Sequence[str] | None) -> list[tuple[str, str | None]]:
+    """(URL, Unix socket or None) of each endpoint. Raises SettingsError unless each or none has one."""
+    if not paths:
+        return [(url, None) for url in endpoints]
+    if len(paths) != len(endpoints):
+        raise SettingsError(f"{len(endpoints)} endpoints and {len(paths)} Unix sockets: give each endpoint one, or none any")
+    return list(zip(endpoints, paths, strict=True))
 
 
 def world(env: os._Environ[str] | dict[str, str]) -> tuple[int, int]:

@@ -6,12 +6,17 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
-from checkpoint_engine.errors import SettingsError
+from checkpoint_engine.errors import EngineUnsupportedError, SettingsError
 
 Handles = Sequence[tuple[str, str]]
 """(device uuid, handle) of the ranks that one replica spans, in rank order."""
+
+
+PauseMode = Literal["keep", "wait", "abort"]
+"""What becomes of requests that run when an engine is paused: they go on after it, are finished before it, or end now.
+New ones wait until the engine is resumed."""
 
 
 class Weights(NamedTuple):
@@ -24,10 +29,21 @@ class Weights(NamedTuple):
 class Engine(ABC):
     """A client of one running engine (one replica). A context manager; may be used by several threads at once.
 
-    endpoint  how errors name it: its URL, with the Unix socket where there is one
+    An update is safe in this order: wait_ready, pause, update, finish (reset_prefix_cache and publish), resume.
+
+    endpoint               how errors name it: its URL, with the Unix socket where there is one
+    resets_cache_itself    `update` already forgets what the old weights computed
+    pause_drops_weights    once paused it has no weights until an update succeeds: there is no way back to the old ones
+
+    left_dirty             a rollout of this process left it with a mixture of old and new weights
+
+    Every method that asks the engine raises what `update` does, within its `seconds`.
     """
 
     endpoint: str
+    resets_cache_itself: ClassVar[bool] = False
+    pause_drops_weights: ClassVar[bool] = False
+    left_dirty: bool = False
 
     @abstractmethod
     def wait_ready(self, seconds: float) -> None:
@@ -48,6 +64,30 @@ class Engine(ABC):
         """What it serves now; None where the engine cannot tell. Raises as `update` does."""
         return None
 
+    def pause(self, mode: PauseMode, seconds: float) -> bool:
+        """Stop generating; see PauseMode. False: in this mode `update` itself holds requests off, so there is nothing to resume.
+
+        Raises EngineUnsupportedError where the engine has no such mode; it then goes on as before.
+        """
+        raise EngineUnsupportedError(self.endpoint, f"cannot be paused (mode {mode})")
+
+    def resume(self, seconds: float) -> None:
+        """Generate again. Harmless on an engine that is not paused."""
+        raise EngineUnsupportedError(self.endpoint, "cannot be resumed")
+
+    def reset_prefix_cache(self, seconds: float) -> None:  # noqa: B027  (not every engine has one)
+        """Forget keys and values that the old weights computed. Does nothing where there is no such cache."""
+
+    def publish(self, version: str, seconds: float) -> None:  # noqa: B027  (not every engine has a place for it)
+        """Tell the front end which version it serves, where `update` does not. Does nothing where there is no such word."""
+
+    def finish(self, version: str | None, seconds: float) -> None:
+        """What follows a successful `update`: no old key or value is used any more, and `version` is published."""
+        if not self.resets_cache_itself:
+            self.reset_prefix_cache(seconds)
+        if version is not None:
+            self.publish(version, seconds)
+
     def close(self) -> None:  # noqa: B027  (not every engine has something to drop)
         """Drop connections. May be called twice."""
 
@@ -59,22 +99,38 @@ class Engine(ABC):
 
 
 _ENGINES = {
+    "lmdeploy": "checkpoint_engine.engines.lmdeploy:LMDeploy",
     "sglang": "checkpoint_engine.engines.sglang:SGLang",
+    "tensorrt-llm": "checkpoint_engine.engines.tensorrt_llm:TensorRTLLM",
     "vllm": "checkpoint_engine.engines.vllm:Vllm",
 }
 
 
-def get_engine(name: str, url: str, uds: str | None = None) -> Engine:
-    """A client of the engine of kind `name` ("sglang", which the embedded engine speaks too, or "vllm") at `url`.
+ENGINES = tuple(_ENGINES)
+"""The kinds that `get_engine` knows."""
 
-    uds: connect to this Unix socket instead of the URL's host and port. Raises SettingsError for an unknown name or a URL
-    that is none; connects to nothing yet.
+
+def get_engine(name: str, url: str, uds: str | None = None, token: str | None = None) -> Engine:
+    """A client of the engine of kind `name` at `url`; the embedded engine is of kind "sglang".
+
+    uds: connect to this Unix socket instead of the URL's host and port. token: sent as a bearer token, for engines that were
+    started with an API key. Raises SettingsError for an unknown name or a URL that is none; connects to nothing yet.
     """
     if name not in _ENGINES:
         raise SettingsError(f"no engine called {name!r}; there are {', '.join(_ENGINES)}")
     module, _, cls = _ENGINES[name].partition(":")
-    engine: Engine = getattr(importlib.import_module(module), cls)(url, uds=uds)
+    options: dict[str, Any] = {"uds": uds, "token": token}
+    engine: Engine = getattr(importlib.import_module(module), cls)(url, **options)
     return engine
+
+
+def replica_size(engines: int, rank: int, world_size: int) -> int:
+    """How many ranks each engine spans. Raises SettingsError when they cannot be divided evenly, or `rank` is none of them."""
+    if not engines or world_size % engines:
+        raise SettingsError(f"{world_size} ranks cannot be divided evenly among {engines} engines")
+    if not 0 <= rank < world_size:
+        raise SettingsError(f"rank {rank} is not in a world of {world_size}")
+    return world_size // engines
 
 
 def request_for_rank(
@@ -83,18 +139,16 @@ def request_for_rank(
     """The `req_func` of rank `rank` for `ParameterServer.update`.
 
     Engine i serves ranks [i*K, (i+1)*K), K = world_size / len(engines). The first of them asks it, with the handles of
-    these ranks; on the others the function returns at once. It raises what Engine.update does. Raises SettingsError when
-    the ranks cannot be divided among the engines.
+    these ranks, and finishes (Engine.finish); on the others the function returns at once. It raises what Engine.update does.
+    Pausing is the caller's; `ParameterServer.roll_out` does all of it. Raises SettingsError when the ranks cannot be divided
+    among the engines.
     """
-    if not engines or world_size % len(engines):
-        raise SettingsError(f"{world_size} ranks cannot be divided evenly among {len(engines)} engines")
-    if not 0 <= rank < world_size:
-        raise SettingsError(f"rank {rank} is not in a world of {world_size}")
-    size = world_size // len(engines)
+    size = replica_size(len(engines), rank, world_size)
     index, position = divmod(rank, size)
 
     def request(handles: list[tuple[str, str]]) -> None:
         if position == 0:
             engines[index].update(handles[rank : rank + size], version=version, seconds=seconds)
+            engines[index].finish(version, seconds)
 
     return request

@@ -15,12 +15,13 @@ from checkpoint_engine.errors import DeadlineError, EngineRefusedError, EngineUn
 _CONNECT_SECONDS = 10.0
 _PROBE_SECONDS = 5.0
 _PROBE_INTERVAL = 0.05
+_NO_SUCH_ROUTE = (404, 405)
 
 
 class HttpEngine(Engine):
-    """An engine at `url` (http or https), over TCP or, with `uds`, over a Unix socket."""
+    """An engine at `url` (http or https), over TCP or, with `uds`, over a Unix socket. token: sent as a bearer token."""
 
-    def __init__(self, url: str, uds: str | None = None) -> None:
+    def __init__(self, url: str, uds: str | None = None, token: str | None = None) -> None:
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as e:
@@ -30,7 +31,8 @@ class HttpEngine(Engine):
         self.url = url.rstrip("/")
         self.endpoint = f"{self.url} (unix:{uds})" if uds else self.url
         # Engines share memory with this host: whatever proxy the environment names does not lead to them.
-        self._client = httpx.Client(transport=httpx.HTTPTransport(uds=uds), trust_env=False)
+        headers = {"Authorization": f"Bearer {token}"} if token else None
+        self._client = httpx.Client(transport=httpx.HTTPTransport(uds=uds), headers=headers, trust_env=False)
 
     def close(self) -> None:
         self._client.close()
@@ -66,6 +68,22 @@ class HttpEngine(Engine):
         if not response.is_success:
             raise EngineRefusedError(self.endpoint, response.status_code, response.text)
         return response
+
+    def request_if_there(self, method: str, path: str, body: Any, seconds: float) -> httpx.Response | None:
+        """As `request`; None from a server that has no such route."""
+        try:
+            return self.request(method, path, body, seconds)
+        except EngineRefusedError as e:
+            if e.status in _NO_SUCH_ROUTE:
+                return None
+            raise
+
+    def succeed(self, response: httpx.Response) -> None:
+        """Raises EngineRefusedError with the engine's words unless its body says {"success": true}."""
+        answer = self.json(response)
+        if not isinstance(answer, dict) or answer.get("success") is not True:
+            message = answer.get("message") if isinstance(answer, dict) else None
+            raise EngineRefusedError(self.endpoint, response.status_code, str(message or response.text))
 
     def json(self, response: httpx.Response) -> Any:
         """Its body. Raises EngineRefusedError when it is not JSON."""

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import httpx
 
-from checkpoint_engine.engines.base import Handles, Weights
+from checkpoint_engine.engines.base import Handles, PauseMode, Weights
 from checkpoint_engine.engines.http import HttpEngine
 from checkpoint_engine.errors import EngineRefusedError
 
 
 class SGLang(HttpEngine):
-    """POST /update_weights_from_ipc {"zmq_handles": {uuid: handle}, "flush_cache": true, "weight_version": version}."""
+    """POST /update_weights_from_ipc {"zmq_handles": {uuid: handle}, "flush_cache": true, "weight_version": version}.
+
+    It drops its radix cache and publishes the version as part of that. Pauses are POST /pause_generation {"mode"}:
+    keep is SGLang's "retract" (running requests go back to the queue; their keys and values are computed again, by the new
+    weights), abort its "abort". Its "in_place" is not used: it keeps keys and values of the old weights, and the update's
+    flush fails. It has no word for wait; its update does that by itself when it is not paused: it waits for running requests
+    and holds new ones off.
+    """
 
     probe_path = "/ping"
+    resets_cache_itself = True
 
     def ready(self, response: httpx.Response) -> bool:
         # 503: SGLang was started to wait for its first weights, and waits.
@@ -20,11 +28,20 @@ class SGLang(HttpEngine):
 
     def update(self, handles: Handles, *, version: str | None, seconds: float) -> None:
         body = {"zmq_handles": dict(handles), "flush_cache": True, "weight_version": version}
-        response = self.request("POST", "/update_weights_from_ipc", body, seconds)
-        answer = self.json(response)
-        if not isinstance(answer, dict) or answer.get("success") is not True:
-            message = answer.get("message") if isinstance(answer, dict) else None
-            raise EngineRefusedError(self.endpoint, response.status_code, str(message or response.text))
+        self.succeed(self.request("POST", "/update_weights_from_ipc", body, seconds))
+
+    def pause(self, mode: PauseMode, seconds: float) -> bool:
+        if mode == "wait":
+            return False
+        self.request("POST", "/pause_generation", {"mode": "retract" if mode == "keep" else "abort"}, seconds)
+        return True
+
+    def resume(self, seconds: float) -> None:
+        self.request("POST", "/continue_generation", {}, seconds)
+
+    def reset_prefix_cache(self, seconds: float) -> None:
+        """POST /flush_cache; SGLang refuses (400) while requests run."""
+        self.request("POST", "/flush_cache", None, seconds)
 
     def weights(self, seconds: float = 10.0) -> Weights | None:
         """Asked of GET /v1/weights, which the embedded engine has; None from an engine that has no such route."""

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 
-from checkpoint_engine.engines.base import Handles, Weights
+from checkpoint_engine.engines.base import Handles, PauseMode, Weights
 from checkpoint_engine.engines.http import HttpEngine
 from checkpoint_engine.errors import EngineRefusedError
-
-PauseMode = Literal["abort", "wait", "keep"]
-_NO_SUCH_ROUTE = (404, 405)
 
 
 def rpc_body(handles: dict[str, str], seconds: float) -> dict[str, Any]:
@@ -33,7 +30,6 @@ class Vllm(HttpEngine):
         return response.is_success
 
     def update(self, handles: Handles, *, version: str | None, seconds: float) -> None:
-        """As Engine.update; then drops what is cached of requests with the old weights, and publishes `version`."""
         response = self.request("POST", "/collective_rpc", rpc_body(dict(handles), seconds), seconds)
         failed = [
             f"worker {answer.get('rank', place)}: {answer.get('error')}"
@@ -42,9 +38,6 @@ class Vllm(HttpEngine):
         ]
         if failed:
             raise EngineRefusedError(self.endpoint, response.status_code, "; ".join(failed))
-        self.reset_prefix_cache(seconds)
-        if version is not None:
-            self._where_it_is("POST", "/update_weight_version", {"new_version": version}, seconds)
 
     def weights(self, seconds: float = 10.0) -> Weights | None:
         """What all workers say; dirty if one is, or if they serve different versions. None without the worker extension."""
@@ -59,35 +52,30 @@ class Vllm(HttpEngine):
         states = [Weights(answer["version"], answer["dirty"]) for answer in answers if answer is not None]
         return Weights(states[0].version, any(s.dirty for s in states) or len({s.version for s in states}) > 1)
 
-    def pause(self, mode: PauseMode, seconds: float) -> None:
-        """Stop generating. abort: running requests end now; wait: they are finished first; keep: they go on at `resume`."""
+    def publish(self, version: str, seconds: float) -> None:
+        self.request_if_there("POST", "/update_weight_version", {"new_version": version}, seconds)
+
+    def pause(self, mode: PauseMode, seconds: float) -> bool:
+        """vLLM's modes have the same names, and cached keys and values are dropped with each."""
         self.request("POST", f"/pause?mode={mode}&clear_cache=true", None, seconds)
+        return True
 
     def resume(self, seconds: float) -> None:
         self.request("POST", "/resume", None, seconds)
 
     def paused(self, seconds: float = 10.0) -> bool | None:
         """None where the server cannot tell."""
-        response = self._where_it_is("GET", "/is_paused", None, seconds)
+        response = self.request_if_there("GET", "/is_paused", None, seconds)
         return None if response is None else bool(self.json(response).get("is_paused"))
 
     def reset_prefix_cache(self, seconds: float) -> None:
         """Forget keys and values of the old weights; those of running requests are computed again."""
-        response = self._where_it_is("POST", "/reset_prefix_cache?reset_running_requests=true", None, seconds)
+        response = self.request_if_there("POST", "/reset_prefix_cache?reset_running_requests=true", None, seconds)
         if response is None or not response.content:  # 0.26 answers with nothing
             return
         answer = self.json(response)
         if isinstance(answer, dict) and answer.get("success") is False:
             raise EngineRefusedError(self.endpoint, response.status_code, "the prefix cache could not be reset")
-
-    def _where_it_is(self, method: str, path: str, body: Any, seconds: float) -> httpx.Response | None:
-        """The answer; None from a server that has no such route."""
-        try:
-            return self.request(method, path, body, seconds)
-        except EngineRefusedError as e:
-            if e.status in _NO_SUCH_ROUTE:
-                return None
-            raise
 
     def _results(self, response: httpx.Response) -> list[dict[str, Any] | None]:
         """One answer per worker: a dict, or None from an extension that says nothing. Some versions of vLLM send it as text."""

@@ -27,7 +27,7 @@ def choose_holders(manifest: Manifest) -> list[list[Held]]:
     comes from one rank if any holds all of it. Raises ManifestError naming tensor and ranks when two hold different
     tensors under one name, and when a tensor cannot be where the manifest says it is.
     """
-    holders = _all_holders(manifest)
+    holders = all_holders(manifest)
     units: dict[str, list[str]] = {}
     for name in sorted(holders, key=layer_key):
         units.setdefault(together(name) or f"\0{name}", []).append(name)
@@ -57,7 +57,7 @@ def _choose(tensors: list[list[Held]], lifts: dict[int, int]) -> list[Held]:
     return chosen
 
 
-def _all_holders(manifest: Manifest) -> dict[str, list[Held]]:
+def all_holders(manifest: Manifest) -> dict[str, list[Held]]:
     """Tensor name -> everywhere it is held, in rank order."""
     holders: dict[str, list[Held]] = {}
     for rank in sorted(manifest.ranks, key=lambda r: r.rank):

@@ -2,5 +2,6 @@
 
 from checkpoint_engine.server.parameter_server import ParameterServer
 from checkpoint_engine.server.report import StageReport, UpdateReport
+from checkpoint_engine.server.rollout import ReplicaReport, RolloutReport
 
-__all__ = ["ParameterServer", "StageReport", "UpdateReport"]
+__all__ = ["ParameterServer", "ReplicaReport", "RolloutReport", "StageReport", "UpdateReport"]

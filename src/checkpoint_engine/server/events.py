@@ -8,6 +8,9 @@ from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.transport import messages as m
 from checkpoint_engine.transport.session import WorkerChannel, dismiss
 
+CANCELLED = "cancel"
+"""The stage in which an update fails that somebody cancelled."""
+
 
 @dataclasses.dataclass(frozen=True)
 class WorkerCame:
@@ -23,9 +26,10 @@ class WorkerCame:
 
 @dataclasses.dataclass(frozen=True)
 class RequestDone:
-    """req_func returned, or raised `error`."""
+    """req_func returned, or raised `error`. absent: it returned NO_WORKER."""
 
     error: BaseException | None
+    absent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Gatherer:
         self._plans: OrderedDict[tuple[str, Sizes], Plan] = OrderedDict()
 
     def gather(self, name: str, regions: tuple[RegionMeta, ...]) -> None:
+        """All ranks may bring nothing: joiners do, before they load the metas that others saved."""
         mine = RankManifest(self._fleet.rank, socket.gethostname(), self._device.uuid, regions)
         parts = self._exchange_parts(name, mine)
         key = hex_digest(" ".join(p.manifest for p in parts).encode())
@@ -57,8 +58,6 @@ class Gatherer:
         known = self._manifests.get(name)
         # The same object where nothing changed: its digests, of tens of thousands of tensors, are made already.
         manifest = known if known is not None and known.ranks is ranks else Manifest(name, ranks)
-        if not manifest.tensor_count:
-            raise CheckpointNotFoundError(name, "on any rank")
         self._manifests[name] = manifest
         self._sizes[name] = default_sizes(
             self._device.kind,
@@ -123,7 +122,9 @@ class Gatherer:
         return self._manifests[self._current]
 
     def load(self, manifest: Manifest) -> None:
-        self._manifests[manifest.checkpoint] = manifest
+        if self._manifests.get(manifest.checkpoint) != manifest:
+            self._manifests[manifest.checkpoint] = manifest
+            self._sizes.pop(manifest.checkpoint, None)  # these ranks have not agreed on it
         self._current = manifest.checkpoint
 
     def forget(self, name: str) -> None:

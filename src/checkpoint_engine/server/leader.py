@@ -10,17 +10,19 @@ import math
 from checkpoint_engine.errors import DeadlineError, ProtocolError
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport import messages as m
+from checkpoint_engine.transport.meeting import LEADER
 
 
 class Leader:
-    """The first pass begins when every rank's worker is there, a further one when some worker asks for it: ranks without
-    one relay. A request that returned proves nothing; the update ends when all have returned, no pass runs and no worker
-    waits."""
+    """The first pass begins when every rank's worker is there, but for ranks that said that none will come; a further one
+    when some worker asks for it. Ranks without one relay. A request that returned proves nothing; the update ends when all
+    have returned, no pass runs and no worker waits."""
 
     def __init__(self, number: int, world_size: int, settings: Settings, now: float) -> None:
         self._number, self._everybody, self._settings = number, frozenset(range(world_size)), settings
         self._waiting: dict[int, int] = {}  # rank -> workers that wait there
         self._returned: set[int] = set()
+        self._absent: set[int] = set()
         self._done: dict[int, dict[str, m.StageStats]] = {}
         self._settled: set[int] = set()
         self._pass = 0
@@ -33,8 +35,10 @@ class Leader:
         match message:
             case m.Waiting():
                 self._waiting[sender] = self._waiting.get(sender, 0) + 1
-            case m.Returned():
+            case m.Returned(absent=absent):
                 self._returned.add(sender)
+                if absent:
+                    self._absent.add(sender)
             case m.PassDone(pass_=number, stats=stats) if self._state == "loading" and number == self._pass:
                 self._done[sender] = stats
             case m.Settled(pass_=number) if self._state == "committing" and number == self._pass:
@@ -61,7 +65,7 @@ class Leader:
 
     def _idle(self, now: float) -> list[m.Begin | m.CommitPass | m.End]:
         asking = {rank for rank, count in self._waiting.items() if count}
-        if asking == self._everybody:
+        if asking and asking >= self._everybody - self._absent:
             return [self._begin(asking)]
         if self._pass == 0:
             return []
@@ -88,10 +92,10 @@ class Leader:
             return None
         missing = self._missing_workers()
         error = DeadlineError(f"the workers of ranks {missing} to connect", self._settings.attach_timeout)
-        return missing[0], "attach", error
+        return (missing or [LEADER])[0], "attach", error
 
     def _missing_workers(self) -> list[int]:
-        return sorted(r for r in self._everybody if not self._waiting.get(r))
+        return sorted(r for r in self._everybody - self._absent if not self._waiting.get(r))
 
     def waiting_for(self) -> str:
         """For the error of a deadline."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_engine.devices import Device, get_device
-from checkpoint_engine.engines.base import Engine, request_for_rank
+from checkpoint_engine.engines.base import Engine
+from checkpoint_engine.engines.rollout import Policy
 from checkpoint_engine.errors import SettingsError, UpdateInProgressError
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.memory.registry import Registry
@@ -26,8 +27,10 @@ from checkpoint_engine.server.gather import Gatherer
 from checkpoint_engine.server.keeper import Keeper
 from checkpoint_engine.server.place import find_place, local_rank
 from checkpoint_engine.server.report import UpdateReport
+from checkpoint_engine.server.rollout import Rollout, RolloutReport
 from checkpoint_engine.server.update import RequestFunction
 from checkpoint_engine.server.updater import Updater
+from checkpoint_engine.server.watch import Watch
 from checkpoint_engine.settings import Settings
 
 PUSHED = "push"
@@ -78,6 +81,7 @@ class ParameterServer:
         self._keeper = Keeper(self._fleet, self._device)
         self._updater = Updater(self._fleet, self._device, self._keeper, self._gatherer, self._registry)
         self._updating = threading.Lock()
+        self.watch = Watch(self._fleet, self._device, self._registry, self._keeper)
         self._p2p_store: object = None  # callers set it to None to switch peer-to-peer off
 
     @property
@@ -142,7 +146,8 @@ class ParameterServer:
     def gather_metas(self, checkpoint_name: str) -> None:
         """Collective: agree on who holds what of the checkpoint. A rank that registered nothing takes part with nothing.
 
-        Raises CheckpointNotFoundError when no rank holds anything, AgreementError, DeadlineError, PeerLostError.
+        When no rank holds anything, as before `load_metas`, it is `update` that raises CheckpointNotFoundError. Raises
+        AgreementError, DeadlineError, PeerLostError.
         """
         regions = self._registry[checkpoint_name].metas() if checkpoint_name in self._registry.names() else ()
         self._gatherer.gather(checkpoint_name, regions)
@@ -198,7 +203,9 @@ class ParameterServer:
             raise UpdateInProgressError(f"rank {self._rank} is updating already; one update at a time")
         try:
             settings = self._settings if timeout is None else self._settings.replace(timeout=timeout.total_seconds())
-            return self._updater.update(checkpoint_name, req_func, settings, version, progress)
+            with self.watch.doing(checkpoint_name, version, rollout=False) as outcome:
+                moved = self.watch.moved(progress)
+                return outcome.keep(self._updater.update(checkpoint_name, req_func, settings, version, moved))
         finally:
             try:
                 self._end_default_group()
@@ -211,26 +218,54 @@ class ParameterServer:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
+    def roll_out(
+        self,
+        checkpoint_name: str,
+        *,
+        engines: Sequence[Engine],
+        policy: Policy | None = None,
+        version: str | None = None,
+        timeout: datetime.timedelta | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> RolloutReport:
+        """Collective: `update` of these engines, with all that belongs around it (pause, reset the cache, publish, resume).
+
+        Engine i serves ranks [i*K, (i+1)*K), K = world size / number of engines. policy: how they are paused, and what follows
+        a failure; None: Policy(), which pauses none and goes on without none. All other arguments as for `update`, after
+        gather_metas of the same checkpoint. Raises what `update` raises, EngineError, and ReplicaError for another rank's
+        engine; the error's notes say which engines need their operator.
+        """
+        version = version or self.get_metas().version
+        seconds = timeout.total_seconds() if timeout else self._settings.timeout
+        rollout = Rollout(self._fleet.links, engines, policy or Policy(), seconds, self._settings.join_timeout)
+        options: dict[str, Any] = {"timeout": timeout, "version": version, "progress": progress}
+        with self.watch.doing(checkpoint_name, version, rollout=True) as outcome:
+            return outcome.keep(rollout.run(lambda request: self.update(checkpoint_name, request, **options), version))
+
     def push(
         self,
-        named_tensors: Mapping[str, torch.Tensor],
+        named_tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
         *,
         engines: Sequence[Engine],
         version: str | None = None,
+        policy: Policy | None = None,
         timeout: datetime.timedelta | None = None,
-    ) -> UpdateReport:
-        """Collective: this rank's tensors, together with the other ranks', into `engines`, in one call.
+        keep: bool = True,
+    ) -> RolloutReport:
+        """Collective: this rank's tensors, together with the other ranks', into `engines`, in one call; see `roll_out`.
 
-        Engine i serves ranks [i*K, (i+1)*K), K = world size / number of engines. The memory of the last push is used again
-        when names and shapes are the same. Raises what register_checkpoint, gather_metas and update raise.
+        keep: the tensors stay in host memory, which the next push of the same names and shapes uses again; False: it is given
+        back at the end. Raises what register_checkpoint, gather_metas and roll_out raise.
         """
         if PUSHED in self._registry:
             self._registry.unregister(PUSHED)
-        self.register_checkpoint(PUSHED, named_tensors=named_tensors, use_shared_memory_pool=True)
-        self.gather_metas(PUSHED)
-        seconds = timeout.total_seconds() if timeout else self._settings.timeout
-        request = request_for_rank(engines, self._rank, self._world_size, version=version, seconds=seconds)
-        return self.update(PUSHED, request, timeout=timeout, version=version)
+        self.register_checkpoint(PUSHED, named_tensors=dict(named_tensors), use_shared_memory_pool=keep)
+        try:
+            self.gather_metas(PUSHED)
+            return self.roll_out(PUSHED, engines=engines, policy=policy, version=version, timeout=timeout)
+        finally:
+            if not keep:
+                self.unregister_checkpoint(PUSHED)
 
     # --- life ----------------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 CAUSE_SECONDS = 0.25
 """An engine's request fails because its worker did; the worker's own words, on their way here, say more."""
 
-RequestFunction = Callable[[list[tuple[str, str]]], None]
+RequestFunction = Callable[[list[tuple[str, str]]], object]
+NO_WORKER = object()
+"""What a RequestFunction returns when no worker will come to its rank, which then only relays. All else it returns is nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,6 @@ class UpdateRun:
         self._stats: dict[str, m.StageStats] = {}
         self._request: threading.Thread | None = None
         self._dirty = False
-        lane.posted = 0
 
     def _put(self, event: object) -> None:
         self._inbox.put(self._rank, event)
@@ -113,12 +114,12 @@ class UpdateRun:
             self._join_request()
 
     def _ask(self, request: RequestFunction, handles: list[tuple[str, str]]) -> None:
-        error: BaseException | None = None
+        error, absent = None, False
         try:
-            request(handles)
+            absent = request(handles) is NO_WORKER
         except BaseException as e:  # whatever the caller's function raises ends the update, with its name
             error = e
-        self._put(RequestDone(error))
+        self._put(RequestDone(error, absent))
 
     def _join_request(self) -> None:
         """Wait a moment for the request to return: an engine that hangs is its caller's to end."""
@@ -161,8 +162,8 @@ class UpdateRun:
         match event:
             case WorkerCame():
                 self._welcome(event)
-            case RequestDone(error=None):
-                self._links.send(LEADER, m.Returned(self._number))
+            case RequestDone(error=None, absent=absent):
+                self._links.send(LEADER, m.Returned(self._number, absent))
             case RequestDone(error=error):
                 self._await_cause()
                 reason = str(error) if isinstance(error, CheckpointEngineError) else f"{type(error).__name__}: {error}"
@@ -260,6 +261,7 @@ class UpdateRun:
                 self._dirty = True
                 raise self._fail("commit", str(e)) from e
             worker.close()
+        self._lane.rest()
         self._pass = self._pass_worker = None
         self._links.send(LEADER, m.Settled(self._number, self._pass_number))
 

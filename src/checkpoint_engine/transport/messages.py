@@ -142,9 +142,10 @@ class Waiting(Message, frozen=True):
 
 
 class Returned(Message, frozen=True):
-    """This rank's request to the engine has returned."""
+    """This rank's request to the engine has returned. absent: it asked no engine, so no worker will come here."""
 
     update: int
+    absent: bool = False
 
 
 class Begin(Message, frozen=True):

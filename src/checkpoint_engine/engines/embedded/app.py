@@ -13,11 +13,12 @@ from checkpoint_engine.engines.embedded.schemas import (
     EmbedResponse,
     GenerateRequest,
     GenerateResponse,
+    PauseRequest,
     UpdateRequest,
     UpdateResponse,
     WeightsResponse,
 )
-from checkpoint_engine.engines.embedded.service import DirtyError, EmbeddedEngine
+from checkpoint_engine.engines.embedded.service import AbortedError, DirtyError, EmbeddedEngine
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, SettingsError
 
 
@@ -32,12 +33,13 @@ def create_app(engine: EmbeddedEngine) -> FastAPI:
     app = FastAPI(title="checkpoint-engine embedded engine", lifespan=lifespan)
     app.add_exception_handler(CheckpointEngineError, _answer_error)
     _add_state_routes(app, engine)
+    _add_pause_routes(app, engine)
     _add_inference_routes(app, engine)
     return app
 
 
 async def _answer_error(_: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, DirtyError | DeadlineError):
+    if isinstance(error, AbortedError | DirtyError | DeadlineError):
         return JSONResponse({"detail": str(error)}, status_code=503)
     return JSONResponse({"detail": str(error)}, status_code=400 if isinstance(error, SettingsError) else 500)
 
@@ -76,6 +78,28 @@ def _add_state_routes(app: FastAPI, engine: EmbeddedEngine) -> None:
             answer = UpdateResponse(success=False, message=f"{type(e).__name__}: {e}")
             return JSONResponse(answer.model_dump(), status_code=400)
         return UpdateResponse(success=True, message=f"weights are {version}")
+
+
+def _add_pause_routes(app: FastAPI, engine: EmbeddedEngine) -> None:
+    @app.post("/pause_generation")
+    async def pause(request: PauseRequest) -> dict[str, str]:
+        """Answers when nothing computes any more; new requests wait. abort: those that have not begun are answered 503."""
+        await engine.pause(abort=request.mode == "abort")
+        return {"status": "ok", "message": "paused"}
+
+    @app.post("/continue_generation")
+    async def resume() -> dict[str, str]:
+        engine.resume()
+        return {"status": "ok", "message": "resumed"}
+
+    @app.get("/is_paused")
+    async def is_paused() -> dict[str, bool]:
+        return {"is_paused": engine.paused}
+
+    @app.api_route("/flush_cache", methods=["GET", "POST"])
+    async def flush_cache() -> dict[str, str]:
+        """There is no cache between requests: nothing to do."""
+        return {"status": "ok", "message": "no cache"}
 
 
 def _add_inference_routes(app: FastAPI, engine: EmbeddedEngine) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -46,6 +46,12 @@ class GenerateResponse(BaseModel):
 class WeightsResponse(BaseModel):
     version: str | None
     dirty: bool
+
+
+class PauseRequest(BaseModel):
+    """SGLang's. A request here is computed as a whole, so retract and in_place are the same: one that computes is finished."""
+
+    mode: Literal["abort", "retract", "in_place"] = "abort"
 
 
 class UpdateRequest(BaseModel):

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import httpx
 import torch
@@ -16,9 +16,16 @@ from checkpoint_engine.engines.embedded.loader import LoadPass
 from checkpoint_engine.engines.embedded.model import Generated, ServedModel
 from checkpoint_engine.engines.embedded.schemas import UpdateRequest
 from checkpoint_engine.engines.embedded.threads import SerialThread
-from checkpoint_engine.errors import EngineError, EngineUnreachableError, SettingsError, UpdateInProgressError
+from checkpoint_engine.errors import (
+    DeadlineError,
+    EngineError,
+    EngineUnreachableError,
+    SettingsError,
+    UpdateInProgressError,
+)
 
 _PROBE_SECONDS = 2.0
+T = TypeVar("T")
 
 
 class Receive(Protocol):
@@ -40,6 +47,10 @@ class Served(NamedTuple):
 
 class DirtyError(EngineError):
     """The weights are a mixture: nothing is computed with them until a complete update."""
+
+
+class AbortedError(EngineError):
+    """The request had not begun when the engine was paused with mode abort."""
 
 
 class EmbeddedEngine:
@@ -69,6 +80,9 @@ class EmbeddedEngine:
         self._receive = receive
         self._served = Served(version)
         self._request_seconds, self._drain_seconds, self._update_seconds = request_seconds, drain_seconds, update_seconds
+        self._running = asyncio.Event()  # not set: paused
+        self._running.set()
+        self._computing: set[asyncio.Task[object]] = set()
         self._updating = threading.Lock()
         self._loading = False
         self._compute = SerialThread("compute")
@@ -84,14 +98,14 @@ class EmbeddedEngine:
         return self._served._replace(dirty=True) if self._loading else self._served
 
     async def embed(self, inputs: Sequence[str | list[int]]) -> tuple[list[list[float]], str | None]:
-        """Vectors, and the version that made them. Raises DirtyError, DeadlineError, SettingsError."""
+        """Vectors, and the version that made them. Raises AbortedError, DirtyError, DeadlineError, SettingsError."""
         async with self._clean_weights() as version:
-            return await self._compute.call(lambda: self.model.embed(inputs)), version
+            return await self._work(lambda: self.model.embed(inputs)), version
 
     async def generate(self, prompt: str | list[int], max_new_tokens: int) -> tuple[Generated, str | None]:
         """As `embed`."""
         async with self._clean_weights() as version:
-            return await self._compute.call(lambda: self.model.generate(prompt, max_new_tokens)), version
+            return await self._work(lambda: self.model.generate(prompt, max_new_tokens)), version
 
     async def digests(self) -> dict[str, str]:
         """Of every parameter, dirty or not. Raises DeadlineError."""
@@ -100,10 +114,49 @@ class EmbeddedEngine:
 
     @asynccontextmanager
     async def _clean_weights(self) -> AsyncIterator[str | None]:
+        try:
+            async with asyncio.timeout(self._request_seconds):
+                await self._running.wait()
+        except TimeoutError:
+            raise DeadlineError("the engine to be resumed", self._request_seconds) from None
         async with self.gate.reading(self._request_seconds):
             if self._served.dirty:
                 raise DirtyError("this process", f"weights are incomplete since an update failed: {self._served.reason}")
             yield self._served.version
+
+    async def _work(self, work: Callable[[], T]) -> T:
+        """`work` in the thread that computes. Raises AbortedError when a pause dropped it before it began."""
+        task = asyncio.ensure_future(self._compute.call(work))
+        self._computing.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if (own := asyncio.current_task()) is not None and own.cancelling():
+                raise  # nobody waits for the answer any more
+            # It may have begun: the weights are not this request's to let go of until the thread is through with it.
+            await self._compute.call(lambda: None)
+            raise AbortedError("this process", "the engine was paused, and running requests were aborted") from None
+        finally:
+            self._computing.discard(task)
+
+    @property
+    def paused(self) -> bool:
+        return not self._running.is_set()
+
+    async def pause(self, *, abort: bool) -> None:
+        """Let no request begin; return once none runs. abort: those that have not begun raise AbortedError.
+
+        Raises DeadlineError when some were not done within drain_seconds; the engine is paused all the same.
+        """
+        self._running.clear()
+        if abort:
+            for task in self._computing:
+                task.cancel()
+        await self.gate.acquire_write(self._drain_seconds)
+        self.gate.release_write()
+
+    def resume(self) -> None:
+        self._running.set()
 
     async def ready(self) -> None:
         """Raises EngineUnreachableError when a follower does not answer."""
