@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from checkpoint_engine.worker import VllmColocateWorkerExtension
 from checkpoint_engine.worker.vllm_layers import EMBEDDING, EXPERTS, LINEAR, LayerFacts, Way, choose_way
+from checkpoint_engine.worker.vllm_models import default_dtype, draft_of, split
+from checkpoint_engine.worker.vllm_parts import Part, Parts, WatchedLayer, has_parts, muted, said
 from checkpoint_engine.worker.vllm_reload import without_tied
 
 FP8 = "vllm.model_executor.layers.quantization.fp8.Fp8LinearMethod"
@@ -70,3 +72,158 @@ def test_names_that_vllm_could_have_itself() -> None:
     """vLLM refuses an extension one of whose names its worker has."""
     ours = {name for name in dir(VllmColocateWorkerExtension) if not name.startswith(("__", "_checkpoint_engine_"))}
     assert ours == {"update_weights_from_ipc", "weights_status"}
+
+
+class Experts(torch.nn.Module):
+    """Ranks have two of the four experts each, as under expert parallelism."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.moe_config = type("Moe", (), {"num_experts": 4, "is_act_and_mul": True})
+        self._first = 2 * rank
+
+    def _map_global_expert_id_to_local_expert_id(self, expert: int) -> int:
+        return expert - self._first if 0 <= expert - self._first < 2 else -1
+
+
+class Merged(torch.nn.Module):
+    output_sizes: ClassVar = [8, 4]
+
+
+@pytest.mark.parametrize(
+    ("layer", "parameter", "seen", "missing"),
+    [
+        (Merged(), "weight", [(None, 0)], [(None, 1)]),
+        (Merged(), "weight", [(None, 1), (None, 0)], []),
+        (Merged(), "weight", [(None, None)], []),
+        (torch.nn.Linear(2, 2), "weight", [(None, "q"), (None, "v")], [(None, "k")]),
+        (torch.nn.Linear(2, 2), "weight", [(None, "index_q")], []),
+        (Experts(0), "w2_weight", [(e, "w2") for e in (0, 2, 3)], [(1, "w2")]),
+        (Experts(1), "w2_weight", [(e, "w2") for e in (2, 3)], []),
+        (Experts(0), "w13_weight", [(0, "w1"), (0, "w3"), (1, "w1")], [(1, "w3")]),
+        (Experts(0), "w13_weight_scale", [(0, "w1"), (1, "w1")], [(0, "w3"), (1, "w3")]),
+        (Experts(0), "w2_weight", [(None, "w2")], []),
+        (torch.nn.Linear(2, 2), "weight", [(5, "w2")], []),
+    ],
+)
+def test_parts_that_were_not_sent(layer: torch.nn.Module, parameter: str, seen: list[Part], missing: list[Part]) -> None:
+    parts = Parts("layer", layer)
+    for expert, shard in seen:
+        parts.note(parameter, {"loaded_weight": torch.zeros(2, 2), "shard_id": shard, "expert_id": expert})
+    assert parts.seen
+    assert parts.missing == [f"layer.{parameter} ({said(part)})" for part in missing]
+
+
+def test_nothing_was_sent() -> None:
+    parts = Parts("layer", Merged())
+    assert not parts.seen
+    assert parts.missing == []
+
+
+def test_tensor_of_all_experts_or_of_several_parts() -> None:
+    parts = Parts("layer", Experts(0))
+    parts.note("w2_weight", {"loaded_weight": torch.zeros(4, 2, 2), "shard_id": "w2", "expert_id": 0})
+    assert parts.missing == []
+    parts = Parts("layer", Merged())
+    parts.note("weight", {"loaded_weight": torch.zeros(2, 2), "loaded_shard_id": (0, 1)})
+    assert parts.missing == []
+
+
+def merged_with_loader() -> tuple[Any, list[Any]]:
+    layer: Any = Merged()
+    calls: list[Any] = []
+    layer.weight = torch.nn.Parameter(torch.zeros(12, 2, dtype=torch.bfloat16), requires_grad=False)
+
+    def load(param: torch.Tensor, loaded_weight: torch.Tensor, loaded_shard_id: int | None = None) -> None:
+        calls.append(loaded_shard_id)
+        param.data[: loaded_weight.shape[0]].copy_(loaded_weight)
+
+    layer.weight.weight_loader = load
+    return layer, calls
+
+
+def test_watched_layer_has_its_loaders_back() -> None:
+    layer, calls = merged_with_loader()
+    before = layer.weight.weight_loader
+    watched = WatchedLayer("mlp.gate_up_proj", layer)
+    watched.prepare()
+    layer.weight.weight_loader(layer.weight, torch.ones(8, 2), 0)
+    assert watched.parts.missing == ["mlp.gate_up_proj.weight (part 1)"]
+    layer.weight.weight_loader(layer.weight, loaded_weight=torch.ones(4, 2), loaded_shard_id=1)
+    assert watched.parts.missing == []
+    watched.put_back()
+    assert layer.weight.weight_loader is before
+    assert calls == [0, 1]
+    assert layer.weight[0, 0] == 1
+
+
+def test_muted_layer_takes_nothing() -> None:
+    layer, calls = merged_with_loader()
+    plain: Any = torch.nn.LayerNorm(2)
+    before = layer.weight.weight_loader
+    with muted([layer, plain]):
+        layer.weight.weight_loader(layer.weight, torch.ones(8, 2), 0)
+        plain.weight.weight_loader(plain.weight, torch.zeros(2))
+    assert calls == []
+    assert plain.weight[0] == 1
+    assert layer.weight.weight_loader is before
+    assert not hasattr(plain.weight, "weight_loader")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_quantized_tensor_for_a_parameter_that_is_not(dtype: torch.dtype) -> None:
+    layer, calls = merged_with_loader()
+    watched = WatchedLayer("layer", layer)
+    watched.prepare()
+    with pytest.raises(ValueError, match=f"it is {str(dtype)[6:]}, and this engine holds bfloat16 there"):
+        layer.weight.weight_loader(layer.weight, torch.zeros(8, 2, dtype=dtype), 0)
+    assert calls == []
+
+
+def test_which_layers_are_filled_by_several_tensors() -> None:
+    assert has_parts(Merged())
+    assert has_parts(Experts(0))
+    assert not has_parts(torch.nn.Linear(2, 2))
+
+
+def test_split_of_targets_and_drafts() -> None:
+    one, two = torch.zeros(1), torch.ones(1)
+    assert split([("model.a", one)]) == ([("model.a", one)], [])
+    assert split([("draft.model.a", two), ("model.a", one)]) == ([("model.a", one)], [("model.a", two)])
+
+
+def test_default_dtype_is_put_back() -> None:
+    before = torch.get_default_dtype()
+    with default_dtype(torch.bfloat16):
+        assert torch.zeros(1).dtype == torch.bfloat16
+    assert torch.get_default_dtype() == before
+
+
+class Runner:
+    def __init__(self, drafter: Any) -> None:
+        self.drafter = drafter
+
+
+class NewRunner(Runner):
+    def get_draft_model(self) -> Any:
+        return getattr(self.drafter, "model", None)
+
+
+class Draft(torch.nn.Module):
+    def load_weights(self, weights: Any) -> set[str]:
+        return set()
+
+
+@pytest.mark.parametrize("runner", [Runner, NewRunner])
+def test_draft_of_a_runner(runner: type[Runner]) -> None:
+    draft = Draft()
+    assert draft_of(runner(type("Drafter", (), {"model": draft}))) is draft
+    assert draft_of(runner(type("NGrams", (), {}))) is None
+    assert draft_of(runner(None)) is None
+    assert draft_of(object()) is None
+
+
+def test_draft_within_a_wrapper_of_graphs() -> None:
+    draft = Draft()
+    wrapper = type("Wrapper", (), {"unwrap": lambda self: draft})()
+    assert draft_of(Runner(type("Drafter", (), {"model": wrapper}))) is draft

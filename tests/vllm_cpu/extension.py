@@ -1,7 +1,8 @@
-"""The worker extension, and what a test needs inside the worker: a loader that fails on one rank, a look at the model."""
+"""The worker extension, and what a test needs inside the worker: a loader that fails on one rank, a look at the models."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from checkpoint_engine.worker import VllmColocateWorkerExtension
@@ -31,3 +32,24 @@ class Extension(VllmColocateWorkerExtension):
         model = self.model_runner.get_model()
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         return {n: [list(t.shape), str(t.dtype), str(t.device), t.data_ptr()] for n, t in tensors.items()}
+
+    def testing_digest(self, draft: bool) -> dict[str, str]:
+        """Of every tensor of the model, or of its draft, its digest; of a projection, whose weight a CPU packs away, one of what
+        it makes of a fixed input."""
+        import torch
+
+        model = self.model_runner.get_draft_model() if draft else self.model_runner.get_model()
+        told = {}
+        for name, module in model.named_modules():
+            for own, tensor in module.named_parameters(recurse=False):
+                told[f"{name}.{own}"] = _digest(tensor)
+            if hasattr(module, "input_size_per_partition") and hasattr(module, "quant_method"):
+                x = torch.arange(module.input_size_per_partition).remainder(7).sub(3).to(torch.bfloat16).unsqueeze(0)
+                told[f"{name}()"] = _digest(module.quant_method.apply(module, x, None))
+        return told
+
+
+def _digest(tensor: Any) -> str:
+    import torch
+
+    return hashlib.sha256(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

@@ -10,11 +10,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from checkpoint_engine.engines.vllm import Vllm
 
@@ -26,25 +30,27 @@ SECONDS = 60.0
 PROMPTS = [[5, 6, 7, 8], [9, 300, 17], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]]
 
 
+SHAPE: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
 def save_qwen3(path: Path, seed: int, *, experts: bool = False, tied: bool = False) -> Path:
     """A random Qwen3, or Qwen3-MoE, whose answers depend on every layer."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    shape: dict[str, Any] = {
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": tied,
-        "initializer_range": 0.1,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
+    shape = {**SHAPE, "tie_word_embeddings": tied}
     torch.manual_seed(seed)
     if experts:
         few = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
@@ -53,6 +59,62 @@ def save_qwen3(path: Path, seed: int, *, experts: bool = False, tied: bool = Fal
         model = Qwen3ForCausalLM(Qwen3Config(**shape))
     model.to(torch.bfloat16).save_pretrained(path)
     return path
+
+
+def save_glm4(path: Path, seed: int) -> Path:
+    """A random GLM-4 MoE with one layer that predicts a further token (MTP): a fourth decoder layer and what is around it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    few = {"moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1}
+    config = Glm4MoeConfig(**{**SHAPE, **few, "num_hidden_layers": 4, "topk_group": 1, "first_k_dense_replace": 1})
+    torch.manual_seed(seed)
+    Glm4MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    tensors = load_file(path / "model.safetensors")
+    width, draft = config.hidden_size, "model.layers.3."
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"{draft}{name}.weight"] = torch.rand(width, dtype=torch.bfloat16) + 0.5
+    tensors[f"{draft}eh_proj.weight"] = torch.randn(width, 2 * width, dtype=torch.bfloat16) * 0.1
+    tensors[f"{draft}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[f"{draft}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return configured(path, num_hidden_layers=3, num_nextn_predict_layers=1)
+
+
+def configured(path: Path, **settings: Any) -> Path:
+    """A checkpoint's folder with these settings in its config.json."""
+    config = path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+    return path
+
+
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+            "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+        }
+    },
+}
+
+
+def quantized(checkpoint: Path, path: Path) -> Path:
+    """A copy of a checkpoint with its projections in int8, and a scale for each of their channels."""
+    import torch
+
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith("proj.weight")]:
+            weight = tensors[name].float()
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            tensors[name] = (weight / scale).round().to(torch.int8)
+            tensors[f"{name}_scale"] = scale.to(torch.bfloat16)
+
+    return configured(changed(checkpoint, path, quantize), quantization_config=INT8)
 
 
 @contextmanager
@@ -87,8 +149,25 @@ def vllm_server(model: Path, *arguments: str, load: bool = False, tensor_paralle
         _end(process)
         shutil.rmtree(folder, ignore_errors=True)
         for left in _shared() - before:  # workers that are killed leave what they shared
-            if not _mapped(left):
+            if not _fresh(left) and not _mapped(left):
                 left.unlink(missing_ok=True)
+
+
+@contextmanager
+def vllm_beside(
+    checkpoints: Sequence[Path], *arguments: str, tensor_parallel: int = 1, ask: Callable[[str], Any] | None = None
+) -> Iterator[tuple[str, list[Any]]]:
+    """The Unix socket of a server with random weights, and what servers that read each checkpoint themselves told when asked
+    (None: `answers`). These run one after the other while the first one starts: a server starts on one core."""
+
+    def told(checkpoint: Path) -> Any:
+        with vllm_server(checkpoint, *arguments, load=True, tensor_parallel=tensor_parallel) as address:
+            return (ask or answers)(address)
+
+    with ThreadPoolExecutor(1) as pool:
+        expected = [pool.submit(told, checkpoint) for checkpoint in checkpoints]
+        with vllm_server(checkpoints[0], *arguments, tensor_parallel=tensor_parallel) as address:
+            yield address, [one.result() for one in expected]
 
 
 def _wait(process: subprocess.Popen[bytes], path: str) -> None:
@@ -105,6 +184,13 @@ def _wait(process: subprocess.Popen[bytes], path: str) -> None:
 
 def _shared() -> set[Path]:
     return {*SHM.glob("vllm_dist_*"), *SHM.glob("psm_*")}
+
+
+def _fresh(path: Path) -> bool:
+    """Whether it was just made: perhaps by a server that starts, and has not mapped it yet."""
+    with suppress(OSError):
+        return time.time() - path.stat().st_ctime < 10
+    return False
 
 
 def _mapped(path: Path) -> bool:
@@ -139,6 +225,33 @@ def answers(address: str, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[li
     with Vllm("http://vllm", uds=address) as engine:
         said = [engine.request("POST", "/v1/completions", {**fixed, "prompt": list(p)}, SECONDS).json() for p in prompts]
     return [one["choices"][0]["token_ids"] for one in said]
+
+
+def generate(address: str, prompt: Sequence[int], length: int, begun: threading.Event | None = None) -> dict[str, Any]:
+    """One greedy answer of `length` tokens: token_ids, and weight_versions, the versions that made them. `begun` is set with the
+    first of its tokens."""
+    sampling = {"max_tokens": length, "temperature": 0, "ignore_eos": True, "detokenize": False}
+    body = {"model": "m", "token_ids": list(prompt), "sampling_params": sampling, "stream": True}
+    told: dict[str, Any] = {"token_ids": []}
+    with (
+        httpx.Client(transport=httpx.HTTPTransport(uds=address, verify=False), timeout=SECONDS, trust_env=False) as client,
+        client.stream("POST", "http://vllm/inference/v1/generate", json=body) as answer,
+    ):
+        for line in answer.raise_for_status().iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            for choice in json.loads(line.removeprefix("data: ")).get("choices", ()):
+                told["token_ids"] += choice.get("token_ids") or []
+                told["weight_versions"] = choice.get("weight_versions") or told.get("weight_versions")
+            if begun is not None and told["token_ids"]:
+                begun.set()
+    return told
+
+
+def published(address: str) -> str:
+    """The version that vLLM itself says it serves."""
+    with Vllm("http://vllm", uds=address) as engine:
+        return str(engine.request("GET", "/weight_info", None, SECONDS).json()["weight_version"])
 
 
 def embeddings(address: str, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[list[float]]:

@@ -12,7 +12,7 @@ import torch
 from checkpoint_engine.errors import SettingsError
 from checkpoint_engine.worker.session import update_weights_from_ipc
 from checkpoint_engine.worker.state import WeightsState
-from checkpoint_engine.worker.vllm_reload import Reload
+from checkpoint_engine.worker.vllm_models import Models
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,7 @@ class VllmColocateWorkerExtension:
     def update_weights_from_ipc(self, zmq_handles: dict[str, str]) -> dict[str, Any]:
         """Take one update. zmq_handles: device uuid -> handle, of all workers of this engine in rank order.
 
-        Returns what `weights_status` does, "ok", "error" (None when ok) and "seconds" for all of it. layers: how many were loaded
-        which way; staged_peak_bytes: what staged layers held at most, beside the model.
+        Returns what `weights_status` does, "ok", "error" (None when ok) and "seconds" for all of it.
         """
         start = time.perf_counter()
         error = None
@@ -48,7 +47,7 @@ class VllmColocateWorkerExtension:
         return {**self.weights_status(), "ok": error is None, "error": error, "seconds": time.perf_counter() - start}
 
     def weights_status(self) -> dict[str, Any]:
-        """{"rank", "version", "dirty"}: what this worker serves; and "layers" and "staged_peak_bytes" of its last good update."""
+        """{"rank", "version", "dirty"}: what this worker serves; and of its last good update what `Models.report` says."""
         version, dirty = self._checkpoint_engine_state().read()
         last: dict[str, Any] = vars(self).get("_checkpoint_engine_last", {})
         return {"rank": self.rank, "version": version, "dirty": dirty, **last}
@@ -60,24 +59,15 @@ class VllmColocateWorkerExtension:
     def _checkpoint_engine_update(self, zmq_handles: dict[str, str]) -> dict[str, Any]:
         index, handle = self._checkpoint_engine_place(zmq_handles)
         state = self._checkpoint_engine_state()
-        reload = Reload(self.model_runner.get_model(), self.model_config)
+        models = Models(self)
         configured = import_module("vllm.config").set_current_vllm_config
-        begun = False
-
-        def load(weights: list[tuple[str, torch.Tensor]]) -> None:
-            nonlocal begun
-            if not begun:
-                begun = True
-                reload.begin()
-            reload.load(weights)
-
         with configured(self.vllm_config), torch.no_grad():
             try:
-                update_weights_from_ipc(None, handle, index, run=load, post_hook=reload.finish, state=state)
+                update_weights_from_ipc(None, handle, index, run=models.load, post_hook=models.finish, state=state)
             except BaseException:
-                reload.abort()
+                models.abort()
                 raise
-        return {"layers": dict(reload.ways), "staged_peak_bytes": reload.peak_bytes}
+        return models.report()
 
     def _checkpoint_engine_place(self, zmq_handles: dict[str, str]) -> tuple[int, str]:
         """This worker's device number and handle: by the GPU's uuid, or on a CPU, which has none, by its rank in the engine."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -12,16 +12,19 @@ import torch
 
 from checkpoint_engine.errors import SettingsError, TensorError
 from checkpoint_engine.worker.vllm_layers import LayerFacts, Way, choose_way
+from checkpoint_engine.worker.vllm_parts import WatchedLayer, has_parts, muted
 from checkpoint_engine.worker.vllm_stage import Held, Internals, StagedLayer, own_tensors
 
 KNOWN_VERSIONS = range(26, 34)  # 0.26 to 0.33
 _SHOWN = 5
 _calls: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
 """How many calls of loaders completed a staged layer in the last update that was whole."""
+_names: weakref.WeakKeyDictionary[torch.nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
+"""The checkpoint's tensors in the last update of a model that was whole: a name that is not sent again is named in errors."""
 
 
 class MissingWeightsError(ValueError):
-    """A checkpoint that lacks tensors which the model has."""
+    """A checkpoint that lacks tensors which the model has, or parts of them."""
 
 
 class Reload:
@@ -30,17 +33,23 @@ class Reload:
     All under vLLM's current configuration and torch.no_grad(), as vLLM loads weights itself. After `abort`, which may follow
     anything, the model is whole again (a mixture of old and new weights) and the next pass heals it.
 
+    other       a model that shares layers with this one and is loaded in the same pass: those are left to it, and
+                what this one's checkpoint has for them is dropped, as vLLM does when it starts
     peak_bytes  the most memory that staged layers held at once, bytes
     ways        how many layers went which way
     """
 
-    def __init__(self, model: torch.nn.Module, model_config: Any) -> None:
+    def __init__(self, model: torch.nn.Module, model_config: Any, other: torch.nn.Module | None = None) -> None:
         self._model, self._config = model, model_config
+        self._others = frozenset(other.modules()) if other is not None else frozenset()
+        self._shared = [module for module in model.modules() if module in self._others]
         self._staged: list[StagedLayer] = []
+        self._watched: list[WatchedLayer] = []
         self._refreshed: list[torch.nn.Module] = []
         self._scales: list[torch.nn.Module] = []
         self._expected: set[str] = set()
         self._loaded: set[str] | None = set()
+        self._sent: set[str] = set()
         self._held = Held()
         self.ways: Counter[str] = Counter()
 
@@ -51,20 +60,17 @@ class Reload:
     def begin(self) -> None:
         """Raises SettingsError when a layer needs more than bare loading and this version of vLLM is not known."""
         self._set_up()
-        staged = {name for layer in self._staged for name in _names(layer.name, own_tensors(layer.layer))}
-        attention = {
-            name
-            for prefix, module in self._model.named_modules()
-            if is_attention(module)
-            for name in _names(prefix, own_tensors(module))
-        }
         every = {name for name, parameter in self._model.named_parameters() if parameter.numel()}
-        self._expected = every - staged - attention
+        elsewhere = {layer.layer for layer in self._staged} | self._others
+        for prefix, module in self._model.named_modules():
+            if module in elsewhere or is_attention(module):
+                every.difference_update(_names_of(prefix, own_tensors(module)))
+        self._expected = every
 
     def _set_up(self) -> None:
         internals: Internals | None = None
         for name, layer in list(self._model.named_modules()):
-            if not own_tensors(layer) and not is_attention(layer):
+            if layer in self._others or not (own_tensors(layer) or is_attention(layer)):
                 continue
             way, _ = choose_way(facts(layer))
             self.ways[way.value] += 1
@@ -72,12 +78,16 @@ class Reload:
                 internals = internals or internals_of_this_version()
                 self._staged.append(StagedLayer(name, layer, internals, _calls.get(layer), self._held))
                 self._staged[-1].prepare()
-            elif way is Way.REFRESH:
+                continue
+            if way is Way.REFRESH:
                 self._refreshed.append(layer)
             elif has_scales(layer):
                 with self._device_of(layer):
                     _method(layer).create_weights(layer)
                 self._scales.append(layer)
+            if has_parts(layer):
+                self._watched.append(WatchedLayer(name, layer))
+                self._watched[-1].prepare()
 
     def load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         """The tensors may be overwritten as soon as what was queued on the current stream is over.
@@ -85,8 +95,11 @@ class Reload:
         Raises TensorError naming the tensor that the engine's loader took last before it failed.
         """
         taken = [""]
+        weights = without_tied(self._config, weights)
+        self._sent.update(name for name, _ in weights)
         try:
-            loaded = self._model.load_weights(_noting(without_tied(self._config, weights), taken))  # type: ignore[operator]
+            with muted(self._shared):
+                loaded = self._model.load_weights(_noting(weights, taken))  # type: ignore[operator]
         except Exception as e:
             raise TensorError(taken[0], f"{type(e).__name__}: {e}".removesuffix(": ")) from e
         if loaded is None:
@@ -94,14 +107,15 @@ class Reload:
         elif self._loaded is not None:
             self._loaded.update(loaded)
 
+    @property
+    def touched(self) -> bool:
+        """Whether anything was loaded that is not another model's."""
+        loaded = bool(self._loaded and self._loaded & self._expected)
+        return loaded or any(s.calls for s in self._staged) or any(w.parts.seen for w in self._watched)
+
     def finish(self) -> None:
-        """Raises MissingWeightsError naming parameters for which nothing was sent."""
-        missing = [name for layer in self._staged for name in layer.missing]
-        if self._loaded is not None:
-            missing += sorted(self._expected - self._loaded)
-        if missing:
-            more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-            raise MissingWeightsError(f"nothing was sent for {', '.join(map(repr, missing[:_SHOWN]))}{more}")
+        """Raises MissingWeightsError naming what nothing was sent for."""
+        self._check_complete()
         for layer in self._staged:
             if not layer.done:  # padding is never loaded, so that its elements do not add up
                 layer.finish()
@@ -114,9 +128,28 @@ class Reload:
                 module.process_weights_after_loading(self._config.dtype)  # type: ignore[operator]
         for layer in self._staged:
             _calls[layer.layer] = layer.calls
+        _names[self._model] = frozenset(self._sent)
+        self._stop_watching()
+
+    def _check_complete(self) -> None:
+        missing = [name for layer in self._staged for name in layer.missing]
+        missing += [name for layer in self._watched for name in layer.parts.missing]
+        if self._loaded is not None:
+            missing += sorted(self._expected - self._loaded)
+        if not missing:
+            return
+        reason = f"nothing was sent for {_list(missing)}"
+        if gone := sorted(_names.get(self._model, frozenset()) - self._sent):
+            reason += f"; the last update brought {_list(gone)}, this one does not"
+        raise MissingWeightsError(reason)
+
+    def _stop_watching(self) -> None:
+        for layer in self._watched:
+            layer.put_back()
 
     def abort(self) -> None:
         """Put what is half loaded back. Never raises for a layer that is as it should be."""
+        self._stop_watching()
         for layer in self._staged:
             layer.put_back()
             _calls.pop(layer.layer, None)
@@ -175,7 +208,12 @@ def _drop_scales(layer: torch.nn.Module) -> None:
             delattr(layer, name)
 
 
-def _names(prefix: str, tensors: dict[str, torch.Tensor]) -> list[str]:
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more
+
+
+def _names_of(prefix: str, tensors: Iterable[str]) -> list[str]:
     return [f"{prefix}.{name}" if prefix else name for name in tensors]
 
 

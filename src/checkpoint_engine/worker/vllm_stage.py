@@ -8,14 +8,13 @@ live tensors are kept aside, and `put_back` restores them at any time.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-Loader = Callable[..., Any]
+from checkpoint_engine.worker.vllm_parts import Loader, Parts, like
 
 
 class Internals:
@@ -76,6 +75,7 @@ class StagedLayer:
         self._before: dict[str, Loader | None] = {}
         self.calls, self._loaded, self._nbytes = 0, 0, 0
         self._touched: set[str] = set()
+        self._parts = Parts(name, layer)
         self._open = self.done = False
 
     def prepare(self) -> None:
@@ -90,15 +90,12 @@ class StagedLayer:
     def _wrap(self, name: str, original: Loader) -> Loader:
         signature = inspect.signature(original)
 
-        @functools.wraps(original, assigned=("__doc__", "__annotations__"))
         def load(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             return self._load(name, original, bound)
 
-        # Some models ask their loaders what they can.
-        load.__dict__.update({k: v for k, v in getattr(original, "__dict__", {}).items() if k != "__wrapped__"})
-        return load
+        return like(load, original)
 
     def _load(self, name: str, original: Loader, bound: inspect.BoundArguments) -> Any:
         self.calls += 1
@@ -107,6 +104,7 @@ class StagedLayer:
                 raise RuntimeError(f"layer {self.name!r} was sent more weights than in the update before")
             return None  # some methods load the same small tensor once per partition: vLLM drops the surplus, too
         self._materialize()
+        self._parts.note(name, bound.arguments)
         first = next(iter(bound.arguments))
         bound.arguments["param" if "param" in bound.arguments else first] = getattr(self.layer, name)
         self._touched.add(name)
@@ -133,9 +131,10 @@ class StagedLayer:
 
     @property
     def missing(self) -> list[str]:
-        """Parameters for which nothing was sent."""
+        """Parameters for which nothing was sent, and parts of the others that were not."""
         wanted = (n for n, tensor in self._wrapped.items() if isinstance(tensor, torch.nn.Parameter) and tensor.numel())
-        return [f"{self.name}.{n}" for n in wanted if n not in self._touched and n not in self._vllm.configured]
+        untouched = [f"{self.name}.{n}" for n in wanted if n not in self._touched and n not in self._vllm.configured]
+        return untouched + self._parts.missing
 
     def finish(self) -> None:
         """Post-process what was loaded and copy it into the live tensors."""
@@ -146,6 +145,9 @@ class StagedLayer:
         _get(layer, "quant_method").process_weights_after_loading(layer)
         if hasattr(layer, "update_param_tp_status"):
             _get(layer, "update_param_tp_status")()
+        # A CPU's int8 kernel keeps the address of the scales that it was made with, not the tensor.
+        scales = [tensor for name, tensor in own_tensors(layer).items() if "scale" in name and tensor.device.type == "cpu"]
+        vars(layer)["_checkpoint_engine_scales"] = scales
         for name, parameter in self._parameters.items():
             parameter.data.copy_(getattr(layer, name))
         for name, buffer in self._buffers.items():
