@@ -19,6 +19,7 @@ LAYERS = (
     ("The worker, inside the engine", ("worker",)),
     ("Engines", ("engines",)),
     ("Transport", ("transport",)),
+    ("Recorded loads", ("loads",)),
     ("Devices", ("devices",)),
     ("Host memory", ("memory",)),
     ("Planning", ("planning",)),
@@ -38,6 +39,7 @@ api, ps                     import paths of the contract
 server | worker             beside the accelerator | inside the engine: neither imports the other
 engines                     how an engine is asked to update; a small engine of our own
 transport                   sessions, links, collectives
+loads                       what a loader copies where: recorded, proved, replayed
 devices                     streams, events, memory shared across processes
 memory                      host memory, the safetensors reader
 planning                    pure: buckets, order, sizes, cost

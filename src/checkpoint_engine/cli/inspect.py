@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from checkpoint_engine.cli.load_plan import show_plan
 from checkpoint_engine.cli.progress import line, size, table
 from checkpoint_engine.errors import DuplicateTensorError
 from checkpoint_engine.manifest import Manifest, RankManifest, RegionMeta, TensorMeta
@@ -30,26 +31,32 @@ class DeviceKind(StrEnum):
 
 
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="Directory of safetensors files.")],
+    directory: Annotated[Path | None, typer.Argument(help="Directory of safetensors files.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Show this load plan instead (docs/recorded-loads.md).")] = None,
     ranks: Annotated[int, typer.Option(help="Show how so many ranks would share the checkpoint.", min=1)] = 1,
     device: Annotated[DeviceKind, typer.Option(help="Whose default sizes to plan with.")] = DeviceKind.cpu,
     bucket_bytes: Annotated[int | None, typer.Option(help="Plan with buckets of this size.", min=4096)] = None,
     tensors: Annotated[bool, typer.Option(help="List every tensor.")] = True,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show a checkpoint's tensors, dtypes and bytes, and the buckets in which they would travel."""
+    """Show a checkpoint's tensors, dtypes and bytes, and the buckets in which they would travel; or a load plan."""
+    if plan is not None:
+        show_plan(plan, tensors=tensors, json_output=json_output)
+        return
+    if directory is None:
+        raise typer.BadParameter("a DIRECTORY or --plan FILE is needed")
     files = checkpoint_files(directory)
     held = read(files)
     settings = Settings.from_environment(bucket_bytes=bucket_bytes)
     manifest = striped(directory.resolve().name, [tensor for tensor, _ in held.values()], ranks)
     sizes = default_sizes(device, ranks, PLENTY, settings.mem_fraction, settings.bucket_bytes, settings.ring_bytes)
     rates = H200 if device is DeviceKind.cuda else CPU
-    plan = plan_broadcast(
+    stream = plan_broadcast(
         manifest,
         **dataclasses.asdict(sizes),
         rates=rates,
     )
-    described = describe(manifest, plan, held, len(files))
+    described = describe(manifest, stream, held, len(files))
     if json_output:
         print(json.dumps(described))
     else:

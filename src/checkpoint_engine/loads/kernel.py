@@ -1,0 +1,139 @@
+"""The moves of a bucket in one launch: a Triton kernel over a table of descriptors. Imported only where it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+from checkpoint_engine.loads.moves import MAX_DIMS, Move
+
+BLOCK = 1024
+"""Units (16 bytes, or what the alignment allows) that a program moves at a time."""
+HOST_PROGRAMS = 32
+"""Programs when a source is in host memory: 16 to 32 fill a PCIe 5 link (50.5 of 54 GB/s on an H200) and leave the rest of the
+device alone."""
+_COLUMNS = 16  # see `_row`
+_MAX_UNITS = (1 << 31) - BLOCK
+
+
+class Gather:
+    """Descriptors of one bucket, on the device once they have been used. Ran on the current stream."""
+
+    def __init__(self, found: Sequence[Move], storages: Sequence[torch.Tensor]) -> None:
+        self._moves, self._storages = found, storages
+        self._device = storages[0].device
+        self._made_for: tuple[int, ...] | None = None
+        self._bases: tuple[int, ...] = ()
+
+    def run(self, memories: Sequence[torch.Tensor]) -> None:
+        if not self._moves:
+            return
+        bases = tuple(memory.data_ptr() for memory in memories)
+        if self._made_for != (alignment := tuple(base % 16 for base in bases)):
+            self._make(alignment)
+        if self._bases != bases:
+            self._bases_there = torch.tensor(bases, dtype=torch.int64).to(self._device)
+            self._bases = bases
+        programs = HOST_PROGRAMS if any(memory.device.type == "cpu" for memory in memories) else self._many()
+        self._launch(min(programs, self._tiles.shape[0]))
+
+    def _launch(self, programs: int) -> None:
+        arguments = (self._table, self._tiles, self._bases_there, self._tiles.shape[0])
+        if self._device.type != "cuda":  # Triton's interpreter
+            _gather[(programs,)](*arguments, BLOCK=BLOCK, COLUMNS=_COLUMNS)
+            return
+        with torch.cuda.device(self._device):
+            _gather[(programs,)](*arguments, BLOCK=BLOCK, COLUMNS=_COLUMNS, num_warps=8)
+
+    def _many(self) -> int:
+        if self._device.type != "cuda":
+            return HOST_PROGRAMS
+        return 4 * torch.cuda.get_device_properties(self._device).multi_processor_count
+
+    def _make(self, alignment: tuple[int, ...]) -> None:
+        rows = []
+        for move in self._moves:
+            target = self._storages[move.storage].data_ptr() + move.target
+            rows += _rows(move, target, math.gcd(move.unit, alignment[move.memory], target))
+        table = torch.tensor(rows, dtype=torch.int64)
+        tiles = (table[:, 5] + BLOCK - 1) // BLOCK
+        owner = torch.arange(len(rows)).repeat_interleave(tiles)
+        first = (tiles.cumsum(0) - tiles)[owner]
+        numbered = torch.stack([owner, torch.arange(len(owner)) - first], 1).to(torch.int32)
+        self._table, self._tiles = table.to(self._device), numbered.to(self._device)
+        self._made_for = alignment
+
+
+def _rows(move: Move, target: int, unit: int) -> list[list[int]]:
+    """Descriptors: memory, source, target's address, unit, units a run, units in all, sizes, and strides on both sides.
+
+    One, unless it has more units than 32 bits count: then its longest side is cut.
+    """
+    units = move.nbytes // unit
+    if units > _MAX_UNITS:
+        sizes = (*move.sizes, move.run // unit)
+        dim = max(range(len(sizes)), key=lambda d: sizes[d])
+        half = sizes[dim] // 2
+        if dim == len(move.sizes):
+            parts = [
+                (move._replace(run=half * unit), 0, 0),
+                (move._replace(run=move.run - half * unit), half * unit, half * unit),
+            ]
+        else:
+            s, t = move.source_strides[dim] * half, move.target_strides[dim] * half
+            resized = [(*move.sizes[:dim], n, *move.sizes[dim + 1 :]) for n in (half, sizes[dim] - half)]
+            parts = [(move._replace(sizes=resized[0]), 0, 0), (move._replace(sizes=resized[1]), s, t)]
+        return [row for part, s, t in parts for row in _rows(part._replace(source=part.source + s), target + t, unit)]
+    pad = (0,) * (MAX_DIMS - len(move.sizes))
+    sizes = (*(1 for _ in pad), *move.sizes)
+    return [
+        [
+            *(move.memory, move.source, target, unit, move.run // unit, units),
+            *(*sizes, *pad, *move.source_strides, *pad, *move.target_strides, 0),
+        ]
+    ]
+
+
+# No annotations but constexpr: the compiler would look their names up.
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _move(source, target, mask, kind: tl.constexpr, words: tl.constexpr, bytes_: tl.constexpr):  # type: ignore[no-untyped-def]
+    # The hint is what makes one 16-byte access of two words.
+    source = tl.multiple_of(source.to(tl.pointer_type(kind)), bytes_)
+    target = tl.multiple_of(target.to(tl.pointer_type(kind)), bytes_)
+    word = tl.arange(0, words)[None, :]
+    values = tl.load(source[:, None] + word, mask=mask[:, None])
+    tl.store(target[:, None] + word, values, mask=mask[:, None])
+
+
+@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator, unused-ignore]  # else 1 and multiples of 16 compile anew
+def _gather(table, tiles, bases, count, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    for tile in range(tl.program_id(0), count, tl.num_programs(0)):
+        row = table + tl.load(tiles + 2 * tile) * COLUMNS
+        unit, run = tl.load(row + 3), tl.load(row + 4).to(tl.int32)
+        lane = tl.load(tiles + 2 * tile + 1) * BLOCK + tl.arange(0, BLOCK)
+        mask = lane < tl.load(row + 5).to(tl.int32)
+        n1, n2 = tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32)
+        outer = lane // run
+        within = (lane % run).to(tl.int64) * unit
+        i2, outer = (outer % n2).to(tl.int64), outer // n2
+        i1, i0 = (outer % n1).to(tl.int64), (outer // n1).to(tl.int64)
+        source = tl.load(bases + tl.load(row)) + tl.load(row + 1) + within
+        source += i0 * tl.load(row + 9) + i1 * tl.load(row + 10) + i2 * tl.load(row + 11)
+        target = tl.load(row + 2) + within
+        target += i0 * tl.load(row + 12) + i1 * tl.load(row + 13) + i2 * tl.load(row + 14)
+        if unit == 16:
+            _move(source, target, mask, tl.int64, 2, 16)
+        elif unit == 8:
+            _move(source, target, mask, tl.int64, 1, 8)
+        elif unit == 4:
+            _move(source, target, mask, tl.int32, 1, 4)
+        elif unit == 2:
+            _move(source, target, mask, tl.int16, 1, 2)
+        else:
+            _move(source, target, mask, tl.int8, 1, 1)

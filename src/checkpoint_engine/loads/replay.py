@@ -1,0 +1,110 @@
+"""Replays a plan: bytes go from the checkpoint's memory to where the engine's own loader would have put them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+
+from checkpoint_engine.errors import LoadPlanError
+from checkpoint_engine.loads.geometry import extent
+from checkpoint_engine.loads.model import Model
+from checkpoint_engine.loads.moves import MAX_DIMS, Move, Source, moves
+from checkpoint_engine.loads.plan import LoadPlan
+
+_UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Way(Protocol):
+    """How the moves of one bucket are made."""
+
+    def run(self, memories: Sequence[torch.Tensor]) -> None: ...
+
+
+class Prepared:
+    """A bucket that can be replayed any number of times. rest: names of its tensors that the loader must get."""
+
+    def __init__(self, found: list[Move], rest: list[str], way: Way) -> None:
+        self.moves, self.rest, self._way = found, rest, way
+        self.nbytes = sum(move.nbytes for move in found)
+        self._reach: dict[int, int] = {}
+        for move in found:
+            end = move.source + extent(move.run, move.sizes, move.source_strides)
+            self._reach[move.memory] = max(self._reach.get(move.memory, 0), end)
+
+    def replay(self, memories: Sequence[torch.Tensor]) -> None:
+        """Move the bytes; on CUDA they are queued on the current stream, with one launch.
+
+        memories  uint8, one-dimensional, contiguous: what the sources' numbers count. On CUDA they are device memory, or host
+                  memory that is registered with the device. They must stay mapped until the moves are over.
+        Raises LoadPlanError when there is no such memory, or it ends before a source does.
+        """
+        for number, end in self._reach.items():
+            if not 0 <= number < len(memories) or memories[number].numel() < end:
+                raise LoadPlanError(f"memory {number} has no {end} bytes")
+        self._way.run(memories)
+
+
+class Replayer:
+    """Replays `plan` on `model`, made anew of the model as it is now.
+
+    Raises LoadPlanError when it is not the model that the plan was recorded on.
+    """
+
+    def __init__(self, plan: LoadPlan, model: Model) -> None:
+        if (reason := plan.stale(model.fingerprint, plan.checkpoint)) is not None:
+            raise LoadPlanError(reason)
+        if plan.storages != model.storages:
+            raise LoadPlanError("its storages are not the model's")
+        plan.check()
+        self.plan, self._model = plan, model
+        devices = {raw.device for raw in model.bytes}
+        self._kernel = len(devices) == 1 and next(iter(devices)).type == "cuda"
+
+    def prepare(self, sources: Iterable[Source]) -> Prepared:
+        """Work out what to do for a bucket whose tensors lie at `sources`. Takes some 10 us a tensor; keep it."""
+        by_name = {source.name: source for source in sources}
+        planned, rest = self.plan.of_bucket(by_name)
+        for tensor in planned:
+            if by_name[tensor.name].offset < 0 or by_name[tensor.name].memory < 0:
+                raise LoadPlanError("it lies before the start of its memory", tensor.name)
+        found = moves(self.plan, [by_name[t.name] for t in planned], MAX_DIMS if self._kernel else None)
+        if self._kernel:
+            from checkpoint_engine.loads.kernel import Gather
+
+            return Prepared(found, rest, Gather(found, self._model.bytes))
+        return Prepared(found, rest, Copies(found, self._model.bytes))
+
+
+class Copies:
+    """Plain copies, one for each move. Views are kept as long as the memories stay where they are."""
+
+    def __init__(self, found: list[Move], storages: Sequence[torch.Tensor]) -> None:
+        self._moves, self._storages = found, storages
+        self._bases: tuple[int, ...] = ()
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def run(self, memories: Sequence[torch.Tensor]) -> None:
+        if self._bases != (bases := tuple(memory.data_ptr() for memory in memories)):
+            self._pairs = [self._pair(move, memories[move.memory]) for move in self._moves]
+            self._bases = bases
+        for target, source in self._pairs:
+            target.copy_(source, non_blocking=True)
+
+    def _pair(self, move: Move, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        storage = self._storages[move.storage]
+        unit = math.gcd(move.unit, 8, *(raw.data_ptr() for raw in (memory, storage)), memory.storage_offset())
+        source = view(memory, move.source, move.run, move.sizes, move.source_strides, unit)
+        return view(storage, move.target, move.run, move.sizes, move.target_strides, unit), source
+
+
+def view(
+    raw: torch.Tensor, offset: int, run: int, sizes: Sequence[int], strides: Sequence[int], unit: int | None = None
+) -> torch.Tensor:
+    """These bytes of `raw` (uint8, one-dimensional), as integers of `unit` bytes; None: the widest that fit, of 8 at most."""
+    unit = unit or math.gcd(offset, run, *strides, 8, raw.data_ptr(), raw.storage_offset())
+    typed = raw[: raw.numel() // unit * unit].view(_UNITS[unit])
+    shape, steps = (*sizes, run // unit), (*(s // unit for s in strides), 1)
+    return typed.as_strided(shape, steps, typed.storage_offset() + offset // unit)
