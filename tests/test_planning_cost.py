@@ -57,6 +57,15 @@ def test_latencies() -> None:
     assert predict(plan([0], 1), rates, 1).seconds == pytest.approx(1 + 4 + 5)  # alone there is nobody to share with
 
 
+def test_owners_copy_side_by_side() -> None:
+    """Each to the two others in turn; a latency delays what arrives, not the next copy."""
+    rates = Rates(lift=1e30, share=K, load=1e30, share_latency=0.5, copies=True)
+    found = predict(plan([0, 1, 2, 0], 4), rates, 3, staging=0)
+    assert found.seconds == pytest.approx(2 + 2 + 0.5)
+    assert found.share == pytest.approx(4)
+    assert predict(plan([0, 0], 2), rates, 1, staging=0).seconds == pytest.approx(0)
+
+
 def test_the_stream_decides_which_piece_is_next() -> None:
     """Bucket 1 is large, of two pieces by owner 0; bucket 0 of owner 1 comes between them."""
     large = Bucket(K, 2 * K, -1, (Item("e", "uint8", (2 * K,), 0, 2 * K),), tuple(Piece(0, at, K, ()) for at in (0, K)))

@@ -28,6 +28,7 @@ def table(found: Ceilings) -> Table:
     row("host to device, alone", found.h2d_alone)
     row("host to device, all at once", found.h2d_together)
     row("device copy", found.device_copy)
+    row("copy into the next device, all at once", found.peer_copy)
     for entry in found.broadcast:
         row(f"{found.backend} broadcast of {entry.nbytes / MIB:g} MiB", (entry.rate,))
     if found.communicator_bytes:

@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from checkpoint_engine.devices.base import Device, get_device
+from checkpoint_engine.devices.base import Device, SharedHandle, get_device
 from checkpoint_engine.devices.rates import copy_rate, memcpy_rate
-from checkpoint_engine.errors import DeadlineError, DeviceError, SettingsError
+from checkpoint_engine.errors import DeadlineError, DeviceError, ProtocolError, SettingsError
 
 MIB, GIB = 1 << 20, 1 << 30
+PEER_BYTES = 256 * MIB
 
 
 class BroadcastRate(msgspec.Struct, frozen=True):
@@ -44,6 +45,7 @@ class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
     h2d_alone           host to device from registered memory, one device at a time; empty on a CPU
     h2d_together        all devices at once
     device_copy         within a device (read bytes)
+    peer_copy           from each device into the next one's memory, all at once; empty for a single one, or without access
     broadcast           over all devices, by message size; empty for a single one
     communicator_bytes  device memory that the communicator of this measurement holds on rank 0
     register            registering touched host memory, one device at a time
@@ -59,6 +61,7 @@ class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
     h2d_together: tuple[float, ...] = ()
     device_copy: tuple[float, ...] = ()
     register: tuple[float, ...] = ()
+    peer_copy: tuple[float, ...] = ()
     broadcast: tuple[BroadcastRate, ...] = ()
     communicator_bytes: int = 0
 
@@ -86,6 +89,7 @@ class _Part(msgspec.Struct):
     h2d_together: float = 0.0
     device_copy: float = 0.0
     register: float = 0.0
+    peer_copy: float = 0.0
     broadcast: dict[int, float] = {}  # seconds per message
     communicator_bytes: int = 0
 
@@ -170,6 +174,7 @@ def _ceilings(device: str, parts: list[_Part]) -> Ceilings:
         h2d_together=tuple(part.h2d_together for part in parts) if gpu else (),
         device_copy=tuple(part.device_copy for part in parts) if gpu else (),
         register=tuple(part.register for part in parts) if gpu else (),
+        peer_copy=tuple(part.peer_copy for part in parts) if all(part.peer_copy for part in parts) else (),
         broadcast=tuple(BroadcastRate(n, n / max(part.broadcast[n] for part in parts)) for n in parts[0].broadcast),
         communicator_bytes=parts[0].communicator_bytes,
     )
@@ -210,6 +215,8 @@ class _Rank:
         part.name = torch.cuda.get_device_name(task.rank) if task.device == "cuda" else "cpu"
         if task.device == "cuda":
             self._copies(memory)
+            if task.ranks > 1:
+                self._peer_copies()
         if task.ranks > 1:
             self._broadcasts()
         self.store.set(f"part/{task.rank}", msgspec.json.encode(part).decode())
@@ -228,6 +235,22 @@ class _Rank:
             target_half, source_half = target.tensor[:half], target.tensor[half : 2 * half]
             part.device_copy = copy_rate(stream, target_half, source_half, task.seconds / 4, task.timeout)
             device.synchronize()
+
+    def _peer_copies(self) -> None:
+        task, device = self.task, self.device
+        with device.allocate_ring(PEER_BYTES) as ring, device.stream("probe") as stream, contextlib.ExitStack() as opened:
+            self.store.set(f"ring/{task.rank}", msgspec.json.encode(ring.share()[0]).decode())
+            handle = self.store.get(f"ring/{(task.rank + 1) % task.ranks}")
+            mapped = None
+            with contextlib.suppress(ProtocolError, DeviceError):  # no access between these devices: nothing to measure
+                mapped = opened.enter_context(device.open_peer(msgspec.json.decode(handle, type=SharedHandle), ())).tensor
+            self.barrier()
+            if mapped is not None:
+                copy_rate(stream, mapped, ring.tensor, 0.0, task.timeout)  # warm
+                self.part.peer_copy = copy_rate(stream, mapped, ring.tensor, task.seconds / 4, task.timeout)
+            del mapped
+            opened.close()
+            self.barrier()  # nobody frees what another one has mapped
 
     def _broadcasts(self) -> None:
         """Warm up, then a fixed number of messages per size: every rank must make the same calls."""

@@ -30,10 +30,12 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     h2d_all          the same of each GPU when all of the host lift at once
     broadcast        a broadcast within a host, once it flows, while nothing else uses the GPUs
     beside_load      the part of it that is left while workers copy: their kernels and NCCL's take turns on the GPU
+    peer             a copy from one GPU to another of its host, which a single host shares by; 0: they broadcast
     nic              what a host can send to the next one, all its NICs together; not used for a single host
     copy             the worker's copies out of the ring, bytes read
     update_seconds   what an update takes besides its stream: requests, agreement, commit
     lift_latency, share_latency, load_latency   more for every piece lifted, every piece shared, every bucket loaded
+    peer_latency     how much later a copied piece is noticed
     hop_latency      how much later a broadcast reaches the next GPU of the host
     nic_latency      how much later it reaches the next host
     """
@@ -45,12 +47,14 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     h2d_all: float
     broadcast: float
     nic: float = 0.0
+    peer: float = 0.0
     beside_load: float = 1.0
     copy: float = 1.7e12
     device: str = "cuda"
-    update_seconds: float = 0.007
+    update_seconds: float = 0.011
     lift_latency: float = 10e-6
     share_latency: float = 30e-6
+    peer_latency: float = 100e-6
     load_latency: float = 100e-6
     hop_latency: float = 3.3e-6
     nic_latency: float = 25e-6
@@ -60,8 +64,20 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         return self.hosts * self.gpus_per_host
 
     @property
+    def copies(self) -> bool:
+        """Whether ranks copy into each other's rings, as those of one host do by default."""
+        return self.hosts == 1 and self.gpus_per_host > 1 and self.peer > 0
+
+    @property
+    def staging(self) -> int:
+        """Staging slots of each rank: where they broadcast."""
+        return 2 if self.device == "cuda" and self.world_size > 1 and not self.copies else 0
+
+    @property
     def share(self) -> float:
-        """Of a broadcast over all ranks: a ring through the hosts is as fast as its slowest link."""
+        """Of a broadcast over all ranks, or of a copy to one: a ring through the hosts is as fast as its slowest link."""
+        if self.copies:
+            return self.peer
         within = self.broadcast * self.beside_load if self.gpus_per_host > 1 else self.nic
         return min(within, self.nic) if self.hosts > 1 else within
 
@@ -79,7 +95,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
             share=self.share if self.world_size > 1 else 1.0,
             load=self.copy,
             lift_latency=self.lift_latency,
-            share_latency=self.share_latency,
+            share_latency=self.peer_latency if self.copies else self.share_latency,
+            copies=self.copies,
             hop_latency=((self.gpus_per_host - 1) * self.hop_latency + between) / self.gpus_per_host,
             load_latency=self.load_latency,
             load_per_tensor=tensor_seconds,
@@ -156,17 +173,15 @@ def predict_cluster(
     manifest = zoo.checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint
     rates, world = cluster.rates(tensor_seconds), cluster.world_size
     manifest = dealt(manifest, world, dealing)
-    staging = 2 if cluster.device == "cuda" else 0
     sizes = default_sizes(cluster.device, world, _PLENTY, 0.9, bucket_bytes, ring_bytes)
     plan = plan_broadcast(
         manifest,
         **dataclasses.asdict(sizes),
         rates=rates,
-        staging=staging,
+        staging=cluster.staging,
     )
-    found = predict(plan, rates, world, staging=staging)
-    staged = staging * plan.piece_bytes if world > 1 else 0
-    return _describe(plan, found, manifest, cluster, method, tensor_seconds, staged)
+    found = predict(plan, rates, world, staging=cluster.staging)
+    return _describe(plan, found, manifest, cluster, method, tensor_seconds, cluster.staging * plan.piece_bytes)
 
 
 def _describe(
@@ -200,6 +215,8 @@ def _link(found: Prediction, plan: Plan, cluster: Cluster, rates: Rates) -> str:
     match found.bound_by:
         case "lift":
             return f"host to device, {rates.lift / 1e9:.0f} GB/s for each GPU"
+        case "share" if cluster.copies:
+            return f"copies to the {cluster.world_size - 1} other GPUs, {rates.share / 1e9:.0f} GB/s"
         case "share":
             flow = plan.nbytes / rates.share
             if 2 * flow < found.share:

@@ -33,18 +33,18 @@ def _nic(gpus: int) -> float:
 def _h200(hosts: int, gpus: int) -> Cluster:
     # 64 MiB in 0.272 ms with 8 channels (two GPUs) and in 0.219 ms with 16, of which some 33 us do not flow.
     broadcast = (281 if gpus <= 2 else 359) * GB
-    return _hopper("h200", hosts, gpus, broadcast, 1.7e12)
+    return _hopper("h200", hosts, gpus, broadcast, 380 * GB, 1.7e12)
 
 
 def _h800(hosts: int, gpus: int) -> Cluster:
-    return _hopper("h800", hosts, gpus, 160 * GB, 1.2e12)
+    return _hopper("h800", hosts, gpus, 160 * GB, 160 * GB, 1.2e12)
 
 
 def _h20(hosts: int, gpus: int) -> Cluster:
-    return _hopper("h20", hosts, gpus, 359 * GB, 1.4e12)
+    return _hopper("h20", hosts, gpus, 359 * GB, 380 * GB, 1.4e12)
 
 
-def _hopper(name: str, hosts: int, gpus: int, broadcast: float, copy: float) -> Cluster:
+def _hopper(name: str, hosts: int, gpus: int, broadcast: float, peer: float, copy: float) -> Cluster:
     return Cluster(
         name=name,
         hosts=hosts,
@@ -52,6 +52,7 @@ def _hopper(name: str, hosts: int, gpus: int, broadcast: float, copy: float) -> 
         h2d=55 * GB,
         h2d_all=_h2d_all(gpus),
         broadcast=broadcast,
+        peer=peer,
         beside_load=BESIDE_LOAD,
         nic=_nic(gpus),
         copy=copy,
@@ -83,6 +84,7 @@ class _Found(msgspec.Struct):
     h2d_alone: tuple[float, ...] = ()
     h2d_together: tuple[float, ...] = ()
     device_copy: tuple[float, ...] = ()
+    peer_copy: tuple[float, ...] = ()
     broadcast: tuple[_Message, ...] = ()
 
 
@@ -109,6 +111,7 @@ def from_probe(data: bytes, hosts: int, gpus_per_host: int, nic: float | None = 
         h2d=min(found.h2d_alone) if gpu else found.memcpy,
         h2d_all=min(found.h2d_together) if gpu else found.memcpy / gpus_per_host,
         broadcast=flow,
+        peer=min(found.peer_copy, default=0.0),
         beside_load=BESIDE_LOAD,
         nic=nic if nic is not None else _nic(gpus_per_host) if gpu else 0.0,
         copy=min(found.device_copy) if gpu else found.memcpy / gpus_per_host,

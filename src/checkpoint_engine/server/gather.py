@@ -12,7 +12,7 @@ from checkpoint_engine.devices.base import Device
 from checkpoint_engine.errors import AgreementError, CheckpointNotFoundError
 from checkpoint_engine.manifest import Manifest, RankManifest, RegionMeta, hex_digest
 from checkpoint_engine.planning.buckets import plan_broadcast
-from checkpoint_engine.planning.cost import CPU, H200
+from checkpoint_engine.planning.cost import CPU, H200, H200_HOST
 from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.planning.sizes import Sizes, default_sizes, preferred_bucket
 from checkpoint_engine.server.fleet import Fleet
@@ -42,7 +42,7 @@ class Gatherer:
         self._sizes: dict[str, Sizes] = {}
         self._current: str | None = None
         self._last: tuple[str, tuple[RankManifest, ...]] = ("", ())
-        self._plans: OrderedDict[tuple[str, Sizes], Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[str, Sizes, bool], Plan] = OrderedDict()
 
     def gather(self, name: str, regions: tuple[RegionMeta, ...]) -> None:
         """All ranks may bring nothing: joiners do, before they load the metas that others saved."""
@@ -100,13 +100,15 @@ class Gatherer:
         if name not in self._manifests or name not in self._sizes:
             raise CheckpointNotFoundError(name, "in what gather_metas agreed on: call gather_metas first")
         manifest, sizes = self._manifests[name], self._sizes[name]
-        key = (manifest.layout_digest, sizes)
+        one_host = len({rank.host for rank in manifest.ranks}) == 1  # where ranks copy, and stage nothing
+        key = (manifest.layout_digest, sizes, one_host)
         if key not in self._plans:
+            on_gpus = H200_HOST if one_host else H200
             self._plans[key] = plan_broadcast(
                 manifest,
                 **dataclasses.asdict(sizes),
-                rates=H200 if self._device.kind == "cuda" else CPU,
-                staging=self._device.staging_slots,
+                rates=on_gpus if self._device.kind == "cuda" else CPU,
+                staging=0 if one_host else self._device.staging_slots,
             )
             while len(self._plans) > KEPT_PLANS:
                 self._plans.popitem(last=False)
