@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -74,13 +74,23 @@ class CudaMapping(Mapping):
         self.tensor = torch.empty(0, dtype=torch.uint8)
 
 
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """torch's own errors as DeviceError of work on `what`."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise DeviceError(f"work on {what}", 0, str(e).splitlines()[0]) from e
+
+
 class CudaEvent(Event):
     """A timing event. Waiting polls: the runtime's own wait has no deadline."""
 
     def __init__(self, what: str, stream: torch.cuda.Stream) -> None:
         self._what = what
-        self.raw = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self.raw.record(stream)
+        with _named(self._what):
+            self.raw = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self.raw.record(stream)
 
     def done(self) -> bool:
         try:
@@ -113,10 +123,12 @@ class CudaStream(Stream):
         return CudaEvent(self._what, self.raw)
 
     def after(self, event: Event) -> None:
-        self.raw.wait_event(_own(event).raw)
+        with _named(self._what):
+            self.raw.wait_event(_own(event).raw)
 
     def busy(self, since: Event, until: Event) -> float:
-        return float(_own(since).raw.elapsed_time(_own(until).raw)) / 1e3
+        with _named(self._what):
+            return float(_own(since).raw.elapsed_time(_own(until).raw)) / 1e3
 
     def close(self) -> None:
         handle, self._handle = self._handle, 0

@@ -42,9 +42,9 @@ class Keeper(Closing):
         if self._lane is not None and self._lane.damaged:
             self.free()
 
-    def join(self, generation: int) -> Lane:
-        """The prepared lane with communicator number `generation`, on which all ranks agreed. Raises DeadlineError,
-        PeerLostError."""
+    def join(self, generation: int, seconds: float) -> Lane:
+        """The prepared lane with communicator number `generation`, on which all ranks agreed. seconds: deadline of each of its
+        broadcasts in this update. Raises DeadlineError, PeerLostError."""
         if self._lane is None:
             raise AgreementError("no lane was prepared")
         lane = self._lane
@@ -54,12 +54,17 @@ class Keeper(Closing):
                 self.collective = None
             self.generation = generation
             self.collective = self._fleet.collective(self._device, generation)
+        if self.collective is not None:
+            self.collective.seconds = seconds
         lane.use(self.collective)
         return lane
 
     def skip(self, generation: int) -> None:
         """Never make communicator number `generation` again: the store holds what was written for it, and some rank may have
-        joined it."""
+        joined it. Nor use one that is kept: ranks that did not fail make the next one, and wait for this rank there."""
+        if self.collective is not None:
+            self.collective.close()
+            self.collective = None
         self.generation = max(self.generation, generation) + 1
 
     def settle(self, ring_bytes: int) -> None:

@@ -32,6 +32,7 @@ class Lane(Closing):
         self.posted = 0
         self.damaged = False
         self.staging: list[torch.Tensor] = []
+        self._slots: list[torch.Tensor] = []  # allocated for staging, in use or not
         self._stopped = True
         with contextlib.ExitStack() as memory:
             self.ring: Ring = memory.enter_context(device.allocate_ring(ring_bytes))
@@ -56,8 +57,9 @@ class Lane(Closing):
         """For the next update. Raises ManifestError when there is no memory for staging that it wants."""
         self.collective, self.posted = collective, 0
         slots = self.device.staging_slots if collective is not None and collective.staged else 0
-        if len(self.staging) != slots:
-            self.staging = [self._memory.enter_context(self.device.allocate(self.piece_bytes)).tensor for _ in range(slots)]
+        while len(self._slots) < slots:
+            self._slots.append(self._memory.enter_context(self.device.allocate(self.piece_bytes)).tensor)
+        self.staging = self._slots[:slots]
 
     def lift(self, bucket: Bucket, piece: Piece, slot: torch.Tensor | None, regions: list[torch.Tensor]) -> tuple[Event, Event]:
         """Queue the piece's copies from the regions into a staging slot, or (None) straight to its place in the ring."""
@@ -112,10 +114,10 @@ class Lane(Closing):
 
     def abandon(self, missing: Collection[int] = ()) -> None:
         """Give up the communicator, and with it all memory that it may still write to. missing: ranks that did not say that
-        they stopped."""
+        they stopped. A second time takes nothing back."""
         self.damaged = True
         if self.collective is not None:
-            self._stopped = self.collective.abandon(missing)
+            self._stopped = self.collective.abandon(missing) and self._stopped
 
     def close(self) -> None:
         self.lifting.close()

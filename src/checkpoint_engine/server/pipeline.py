@@ -7,6 +7,7 @@ place in the ring. Within this process order is kept by streams and events; betw
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import queue
 import threading
@@ -67,7 +68,7 @@ class Pass:
         self._plan, self._lane, self._regions, self._worker, self._known = plan, lane, regions, worker, known
         self._progress = progress
         self._seconds, self._deadline = seconds, deadline
-        self._arrived: queue.SimpleQueue[tuple[int, Event | None] | None] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[tuple[int, dict[int, Event] | None] | None] = queue.SimpleQueue()
         self._state = threading.Condition()
         self._loaded = 0
         self._error: CheckpointEngineError | None = None
@@ -121,6 +122,8 @@ class Pass:
 
     def _drive(self) -> None:
         next_own = 0
+        # bucket -> owner -> when the last of its pieces so far is here. One owner's arrive in order, several owners' do not.
+        shares: dict[int, dict[int, Event]] = collections.defaultdict(dict)
         for index, bucket in enumerate(self._plan.buckets):
             if not bucket.pieces:
                 self._arrived.put((index, None))
@@ -136,10 +139,11 @@ class Pass:
                 next_own += 1
             slot = None if lifted is None or lifted.slot is None else self._lane.staging[lifted.slot]
             shared = self._lane.share(bucket, piece, lifted and lifted.done, slot)
+            shares[index][piece.owner] = shared
             if lifted is not None:
                 self._shares.append(shared)
             if number + 1 == len(bucket.pieces):
-                self._arrived.put((index, shared))
+                self._arrived.put((index, shares.pop(index)))
 
     def _lift_ahead(self) -> None:
         """Queue lifts of this rank's next pieces as far as there is room, up to the staging slots or what the ring has free."""
@@ -163,13 +167,17 @@ class Pass:
     def _wait_loaded(self, bucket: int) -> None:
         with self._state:
             while self._loaded <= bucket and self._error is None:
-                if not self._state.wait(self._remaining()) and self._remaining() <= 0:
+                if not self._state.wait(max(self._remaining(), SLICE)) and self._overdue(False):
                     raise PassError("load", str(DeadlineError(f"the worker to load bucket {self._loaded}", self._seconds)))
             if self._error is not None:
                 raise Stopped("stopped")
 
     def _remaining(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
+
+    def _overdue(self, knows: bool) -> bool:
+        """knows: whether this thread knows what is late. Else the one that does speaks first."""
+        return time.monotonic() >= self._deadline + (0.0 if knows else 2.5 * SLICE)
 
     # --- deliverer -----------------------------------------------------------------------------------------------------
 
@@ -180,9 +188,9 @@ class Pass:
         for bucket in self._plan.buckets:
             if (entry := self._next_arrival()) is None:
                 raise Stopped("stopped")
-            index, shared = entry
-            if shared is not None:
-                self._wait_event(shared, f"bucket {index}")
+            index, shares = entry
+            for owner, shared in (shares or {}).items():
+                self._wait_shared(shared, index, owner)
             if worker is None:
                 self._set_loaded(index)
             else:
@@ -194,7 +202,7 @@ class Pass:
         if worker is not None:
             self._tell(worker, Release())
 
-    def _next_arrival(self) -> tuple[int, Event | None] | None:
+    def _next_arrival(self) -> tuple[int, dict[int, Event] | None] | None:
         try:
             return self._arrived.get(timeout=self._remaining() + 1.0)  # what holds the driver up has a name; it comes first
         except queue.Empty:
@@ -211,12 +219,16 @@ class Pass:
             tables = tuple(Table(b.offset, b.nbytes, b.items) for b in self._plan.buckets)
         worker.send(Attach(self._lane.rank, (handle,), self._plan.digest, tables), descriptors, seconds=self._remaining())
 
-    def _wait_event(self, event: Event, what: str) -> None:
+    def _wait_shared(self, event: Event, bucket: int, owner: int) -> None:
+        collective = self._lane.collective
         while not event.wait(SLICE):
             if self._error is not None:
                 raise Stopped("stopped")
+            if collective is not None:
+                collective.check()
             if self._remaining() <= 0:
-                raise DeadlineError(f"{what} to be shared", self._seconds)
+                blame = f" (which waits for {collective.awaited})" if collective is not None and collective.awaited else ""
+                raise DeadlineError(f"bucket {bucket} to be shared by rank {owner}{blame}", self._seconds)
 
     def _set_loaded(self, bucket: int) -> None:
         with self._state:
@@ -250,13 +262,13 @@ class Pass:
         while worker is not None:
             what = f"bucket {self._loaded} to be loaded" if self._loaded < len(self._plan.buckets) else "the post-hook to end"
             try:
-                return worker.receive(seconds=min(SLICE, self._remaining()), waiting_for=what)
+                return worker.receive(seconds=max(0.01, min(SLICE, self._remaining())), waiting_for=what)
             except PeerLostError as e:
                 raise PassError("load", f"{e} while waiting for {what}") from e
             except DeadlineError:
                 if self._error is not None:
                     raise Stopped("stopped") from None
-                if self._remaining() <= 0:
+                if self._overdue(self.loads_sent > self._loaded or self._loaded == len(self._plan.buckets)):
                     raise DeadlineError(f"{what} by {worker.peer}", self._seconds) from None
         raise Stopped("no worker")
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import msgspec
 
 from checkpoint_engine.devices.base import Device
-from checkpoint_engine.errors import AgreementError, CheckpointEngineError, UpdateError
+from checkpoint_engine.devices.polling import poll
+from checkpoint_engine.errors import AgreementError, CheckpointEngineError, DeadlineError, PeerLostError, UpdateError
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.memory.registry import Registry
@@ -28,11 +29,11 @@ from checkpoint_engine.server.neighbours import meet_neighbours
 from checkpoint_engine.server.offer import Offer, exchange_offers
 from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.server.report import StageReport, UpdateReport, slowest
-from checkpoint_engine.server.update import RequestFunction, UpdateRun
+from checkpoint_engine.server.update import CAUSE_SECONDS, RequestFunction, UpdateRun
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.descriptors import SharedDescriptor, whereabouts
 from checkpoint_engine.transport.links import Inbox
-from checkpoint_engine.transport.messages import Failure
+from checkpoint_engine.transport.messages import Failure, Stopped
 from checkpoint_engine.transport.session import SessionListener
 
 log = logging.getLogger(__name__)
@@ -129,17 +130,25 @@ class Updater:
                 if lane is not None:
                     return lane
             prepare()
-            return self._keeper.join(generation)
+            return self._keeper.join(generation, settings.timeout)
         except BaseException as e:
             self._keeper.skip(generation)
-            if isinstance(e, UpdateError):  # another rank's, which told everybody
+            failure = self._join_failure(e, number, [offer.host for offer in offers])
+            if not isinstance(e, UpdateError):  # another rank's, which told everybody
+                links.tell(failure, to_self=False)
+            links.tell(Stopped(number, 0, False), to_self=False)  # who went on need not wait for this rank
+            if isinstance(e, UpdateError) or not isinstance(e, Exception):
                 raise
-            reason = str(e) if isinstance(e, CheckpointEngineError) else f"{type(e).__name__}: {e}"
-            host = offers[links.rank].host
-            links.tell(Failure(number, links.rank, host, "join", reason), to_self=False)
-            if not isinstance(e, Exception):
-                raise
-            raise UpdateError(rank=links.rank, host=host, stage="join", reason=reason) from e
+            raise UpdateError(rank=failure.rank, host=failure.host, stage="join", reason=failure.reason) from e
+
+    def _join_failure(self, error: BaseException, number: int, hosts: list[str]) -> Failure:
+        """Whose fault it is: this rank's, unless what it waited for in vain is a rank that is gone."""
+        links = self._fleet.links
+        if isinstance(error, OSError | PeerLostError | AgreementError | DeadlineError):
+            poll(lambda: bool(links.lost), CAUSE_SECONDS)
+        rank = min(links.lost, default=links.rank)
+        reason = str(error) if isinstance(error, CheckpointEngineError) else f"{type(error).__name__}: {error}"
+        return Failure(number, rank, hosts[rank], "join", reason)
 
     def _give_back(self, name: str, settings: Settings) -> None:
         """After a good update only: after a failure some worker may still have the ring mapped."""

@@ -50,7 +50,12 @@ class Collective(Closing):
     staged = True
     in_step = True
 
-    def __init__(self) -> None:
+    awaited = ""
+    """Whom this rank's own broadcasts wait for, where that is known; for messages."""
+
+    def __init__(self, seconds: float) -> None:
+        """seconds: deadline of one broadcast. Whoever begins an update may set its own."""
+        self.seconds = seconds
         self.spans = Spans()  # of this rank's broadcasts
 
     @abstractmethod
@@ -63,6 +68,9 @@ class Collective(Closing):
         source: None on the other ranks, and on the root where `target` holds the bytes already. ready: on the root, the event
         from which on they do. What fails, or does not end in time, fails later events; neither tensor may be used then.
         """
+
+    def check(self) -> None:
+        """Raises DeviceError when broadcasts under way are known to have failed in a way that ends no event."""
 
     def rest(self) -> None:
         """Everything has arrived everywhere: let go of other ranks' rings, which may be freed next."""
@@ -117,11 +125,10 @@ class GlooCollective(StreamCollective):
     """torch's gloo back end, used directly: no default group is needed, and no other group is touched."""
 
     def __init__(self, rank: int, world_size: int, store: Store, address: str, join_seconds: float, seconds: float) -> None:
-        super().__init__()
+        super().__init__(seconds)
         self.rank = rank
         self._abandoned = threading.Event()
         self._work: Any = None  # the last broadcast
-        self._seconds = seconds
         options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         options._timeout = datetime.timedelta(seconds=join_seconds)
@@ -141,7 +148,7 @@ class GlooCollective(StreamCollective):
         options = dist.BroadcastOptions()
         options.rootRank = root
         options.rootTensor = 0
-        options.timeout = datetime.timedelta(seconds=self._seconds)
+        options.timeout = datetime.timedelta(seconds=self.seconds)
         if self._abandoned.is_set():
             raise PeerLostError("communicator", "abandoned after a failure")
         try:
@@ -151,7 +158,7 @@ class GlooCollective(StreamCollective):
         self._wait(work, root)
 
     def _wait(self, work: Any, root: int) -> None:
-        deadline = time.monotonic() + self._seconds
+        deadline = time.monotonic() + self.seconds
         while True:
             completed = work.is_completed()
             try:
@@ -163,7 +170,7 @@ class GlooCollective(StreamCollective):
             if self._abandoned.is_set():
                 raise PeerLostError("communicator", "abandoned after a failure")
             if time.monotonic() > deadline:
-                raise DeadlineError(f"the broadcast from rank {root}", self._seconds)
+                raise DeadlineError(f"the broadcast from rank {root}", self.seconds)
 
     def abandon(self, missing: Collection[int]) -> bool:
         self._abandoned.set()

@@ -30,10 +30,10 @@ class NcclCollective(StreamCollective):
     """Broadcasts are queued on the caller's stream and never block the host after the first."""
 
     def __init__(self, device: Device, rank: int, world_size: int, store: Store, settings: Settings) -> None:
-        super().__init__()
+        super().__init__(settings.timeout)
         if not isinstance(device, CudaDevice):
             raise DeviceError("NCCL", 0, f"there is no NCCL on a device of kind {device.name}")
-        self._seconds, join_seconds = settings.timeout, settings.join_timeout
+        join_seconds = settings.join_timeout
         if rank == 0:
             store.set("id", unique_id().hex())
         try:
@@ -49,7 +49,10 @@ class NcclCollective(StreamCollective):
         if not isinstance(stream, CudaStream):
             raise DeviceError("ncclBroadcast", 0, "needs a CUDA stream")
         source = target if source is None else source
-        self._communicator.broadcast(target, source, root, stream.raw.cuda_stream, timeout=self._seconds)
+        self._communicator.broadcast(target, source, root, stream.raw.cuda_stream, timeout=self.seconds)
+
+    def check(self) -> None:
+        self._communicator.check()
 
     def abandon(self, missing: Collection[int]) -> bool:
         return self._communicator.abort()

@@ -114,9 +114,8 @@ class PushCollective(Collective):
     in_step = False
 
     def __init__(self, device: Device, rank: int, ring: Ring, seconds: float) -> None:
-        """seconds: deadline of each wait for another rank."""
-        super().__init__()
-        self.rank, self._device, self._ring, self._seconds = rank, device, ring, seconds
+        super().__init__(seconds)
+        self.rank, self._device, self._ring = rank, device, ring
         self._calls, self._due = 0, [0]
         self._halted = threading.Event()
         self.error: CheckpointEngineError | None = None
@@ -127,6 +126,7 @@ class PushCollective(Collective):
             page = stack.enter_context(Page())
             self._pages = [page]
             self._mapped = stack.enter_context(contextlib.ExitStack())
+            stack.callback(self._rings.clear)  # or they would stay mapped as long as this object is there
             self._pushing = stack.enter_context(CpuStream("push"))
             self._landing = stack.enter_context(CpuStream("land"))
             handle, descriptors = ring.share()
@@ -191,7 +191,9 @@ class PushCollective(Collective):
         place = slice(target.storage_offset(), target.storage_offset() + target.numel())
         start: Event | None = None
         for rank in self._receivers():
-            self._wait(partial(self._has_room, rank, call), f"rank {rank} to have room")
+            self.awaited = f"rank {rank} to have room"
+            self._wait(partial(self._has_room, rank, call), self.awaited)
+            self.awaited = ""
             start = start or stream.record()
             stream.copy(self._rings[rank][place], target)
         end = stream.record()
@@ -206,12 +208,12 @@ class PushCollective(Collective):
         self._pages[self.rank].arrived = number
 
     def _wait(self, wait: Callable[[float], bool], what: str) -> None:
-        deadline = time.monotonic() + self._seconds
+        deadline = time.monotonic() + self.seconds
         while not wait(SLICE):
             if self._halted.is_set():
                 raise PeerLostError("ranks of this host", "sharing was stopped after a failure")
             if time.monotonic() > deadline:
-                raise DeadlineError(what, self._seconds)
+                raise DeadlineError(what, self.seconds)
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:
@@ -224,6 +226,14 @@ class PushCollective(Collective):
             self.error = self.error or error
 
     def rest(self) -> None:
+        # In the thread that maps: on a rank that owns nothing it may be at it still, and nobody waited for that.
+        self._pushing.call(partial(self._guard, self._unmap))
+        if not self._pushing.record().wait(self.seconds):
+            raise DeadlineError("the other ranks' rings to be unmapped", self.seconds)
+        if self.error is not None:
+            raise self.error
+
+    def _unmap(self) -> None:
         self._rings.clear()
         self._mapped.close()
 
@@ -238,7 +248,7 @@ class PushCollective(Collective):
         except Exception:  # what failed copies no more
             copied = True
         if copied:
-            self.rest()
+            self._unmap()
         return copied
 
     def abandon(self, missing: Collection[int]) -> bool:
