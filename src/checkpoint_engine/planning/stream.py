@@ -53,8 +53,8 @@ class Interleaver:
     or fewer if it has fewer left, so that who is ahead is caught up with by the end.
 
     Drafts up to `bucket_bytes` lie in the ring one after the other, in the order in which they begin. Large ones lie in an
-    area behind it, a ring as well, in which several have room that are smaller than the largest. None begins before all
-    that lay at its place are complete: so nothing in the stream ever waits for what comes later in it.
+    area behind it, wherever there is room: while a gigabyte of embedding comes in, matrices follow one another beside it.
+    None begins before all that lay at its place are complete: so nothing in the stream ever waits for what comes later in it.
     """
 
     def __init__(self, drafts: Sequence[Draft], ring_bytes: int, bucket_bytes: int, ahead: tuple[int, int] | None) -> None:
@@ -62,7 +62,7 @@ class Interleaver:
         self._drafts, self._bucket_bytes = drafts, bucket_bytes
         self._window = _Window(drafts)
         self._ahead = ahead or (len(drafts), len(drafts))
-        self._ring, self._area = _Ring(0, ring_bytes), _Ring(ring_bytes, self._area_bytes())
+        self._ring, self._area = _Ring(0, ring_bytes), _Area(ring_bytes, self._area_bytes())
         self.ring_bytes = ring_bytes + self._area.nbytes
         self._queues: dict[int, deque[Draft]] = defaultdict(deque)
         self._left: dict[int, int] = defaultdict(int)  # owner -> bytes it has not brought in
@@ -214,3 +214,38 @@ class _Ring:
         self._live.append((low, low + size, draft))
         self._head = low + size
         return self._start + low, self._after
+
+
+class _Area:
+    """`nbytes` of memory from `start` on, filled wherever what lay there was complete the longest time ago."""
+
+    def __init__(self, start: int, nbytes: int) -> None:
+        self._start, self.nbytes = start, nbytes
+        self._used: list[tuple[int, int, Draft]] = []  # (start, end, who lay there last), apart from one another
+
+    def low(self, draft: Draft, complete: dict[Draft, int]) -> int | None:
+        """Where it would start; None when drafts that are not complete are in the way everywhere."""
+        size = aligned(draft.nbytes)
+        places = {low for low in (0, *(end for _, end, _ in self._used)) if low + size <= self.nbytes}
+        free = [(self._after(low, size, complete), low) for low in places if self._free(low, size, complete)]
+        return min(free)[1] if free else None
+
+    def _over(self, low: int, size: int) -> list[Draft]:
+        return [other for start, end, other in self._used if start < low + size and low < end]
+
+    def _free(self, low: int, size: int, complete: dict[Draft, int]) -> bool:
+        return all(other in complete for other in self._over(low, size))
+
+    def _after(self, low: int, size: int, complete: dict[Draft, int]) -> int:
+        return max((complete[other] for other in self._over(low, size)), default=-1)
+
+    def place(self, draft: Draft, complete: dict[Draft, int]) -> tuple[int, int] | None:
+        """(offset, after), or None as `low`."""
+        if (low := self.low(draft, complete)) is None:
+            return None
+        high = low + aligned(draft.nbytes)
+        after = self._after(low, high - low, complete)
+        parts = [(part, other) for start, end, other in self._used for part in ((start, min(end, low)), (max(start, high), end))]
+        self._used = [(start, end, other) for (start, end), other in parts if start < end]
+        self._used.append((low, high, draft))
+        return self._start + low, after

@@ -32,7 +32,7 @@ from checkpoint_engine.server.report import StageReport, UpdateReport, slowest
 from checkpoint_engine.server.update import CAUSE_SECONDS, RequestFunction, UpdateRun
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.descriptors import SharedDescriptor, whereabouts
-from checkpoint_engine.transport.links import Inbox
+from checkpoint_engine.transport.links import LEFT, Inbox
 from checkpoint_engine.transport.messages import Failure, Stopped
 from checkpoint_engine.transport.session import SessionListener
 
@@ -146,7 +146,8 @@ class Updater:
         links = self._fleet.links
         if isinstance(error, OSError | PeerLostError | AgreementError | DeadlineError):
             poll(lambda: bool(links.lost), CAUSE_SECONDS)
-        rank = min(links.lost, default=links.rank)
+        gone = [rank for rank, why in links.lost.items() if why != LEFT]  # who failed for the same reason has left already
+        rank = min(gone, default=links.rank)
         reason = str(error) if isinstance(error, CheckpointEngineError) else f"{type(error).__name__}: {error}"
         return Failure(number, rank, hosts[rank], "join", reason)
 
