@@ -141,6 +141,7 @@ def _freed(rank: int, world_size: int, crew: list[Worker]) -> list[int]:
         for _ in range(6):
             ps.gather_metas("c")
             ps.update("c", request(crew[rank], rank))
+            ps.store_based_barrier()  # memory that another rank has mapped is there until it has given its own back
             free.append(torch.cuda.mem_get_info()[0] >> 20)
     return free
 

@@ -132,6 +132,11 @@ class Registry:
         with self._lock:
             return tuple(name for name, entry in self._entries.items() if entry.checkpoint is not None)
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of memory that waits for the next checkpoint of the same shape."""
+        return self._pool.kept_bytes
+
     @contextlib.contextmanager
     def use(self, name: str) -> Iterator[HostCheckpoint]:
         """The checkpoint, which cannot be unregistered meanwhile. Raises CheckpointNotFoundError."""
