@@ -11,6 +11,7 @@
     │   └── CheckpointBusyError       it cannot be unregistered while an update uses it, or while it is being registered
     ├── LoadPlanError                 a recorded load that cannot be made or used
     ├── ManifestError                 what the ranks hold does not fit together
+    ├── IntegrityError                bytes that arrived are not those that were registered
     ├── ProtocolError                 a peer speaks another version, or something else entirely
     ├── AgreementError            the ranks did not all come to the same call
     ├── DeadlineError                 a wait ended without what it waited for (also a TimeoutError)
@@ -32,6 +33,8 @@ Messages say which file, tensor, rank or stage it was. Callers of the contract c
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class CheckpointEngineError(RuntimeError):
@@ -107,6 +110,19 @@ class LoadPlanError(CheckpointEngineError):
 
 class ManifestError(CheckpointEngineError):
     """What the ranks hold does not fit together (a tensor with two shapes, a checkpoint too large for its ring, ...)."""
+
+
+class IntegrityError(CheckpointEngineError):
+    """Bytes that arrived are not those that were registered: the digests of `tensors` differ.
+
+    ranks: whose memory the first of them came from; empty where that is not known.
+    """
+
+    def __init__(self, tensors: Sequence[str], ranks: Sequence[int] = ()) -> None:
+        self.tensors, self.ranks = tuple(tensors), tuple(ranks)
+        source = f", from rank {' and '.join(map(str, ranks))}," if ranks else ""
+        more = f" (nor are {len(tensors) - 1} more)" if len(tensors) > 1 else ""
+        super().__init__(f"the bytes of tensor {tensors[0]!r}{source} are not those that were registered{more}")
 
 
 class ProtocolError(CheckpointEngineError):

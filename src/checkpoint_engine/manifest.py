@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from functools import cached_property
-from typing import Self
+from typing import Annotated, Self
 
 import msgspec
 
@@ -36,7 +36,7 @@ class TensorMeta(msgspec.Struct, frozen=True, array_like=True):
     dtype: str
     shape: tuple[int, ...]
     offset: int
-    digest: int = 0
+    digest: Annotated[int, msgspec.Meta(ge=0)] = 0
 
     @property
     def nbytes(self) -> int:
@@ -115,4 +115,11 @@ class Manifest(msgspec.Struct, frozen=True, dict=True):
     @classmethod
     def from_json(cls, data: bytes) -> Self:
         """Raises msgspec.ValidationError or DecodeError when `data` is not a manifest."""
-        return msgspec.json.decode(data, type=cls)
+        try:
+            manifest = msgspec.json.decode(data, type=cls)
+            msgspec.msgpack.encode(manifest)
+        except UnicodeDecodeError as e:  # msgspec leaves text that is none to Python
+            raise msgspec.DecodeError(str(e)) from e
+        except OverflowError as e:  # JSON has numbers that no manifest has on a wire
+            raise msgspec.ValidationError(str(e)) from e
+        return manifest

@@ -1,7 +1,7 @@
-"""The digest of a tensor's bytes, in one place so that it can be replaced as a whole.
+"""Digests of tensors while their bytes arrive in a region (what a digest is: memory.checksum).
 
-It is made of the digests of blocks, counted from the tensor's start. So the blocks of one tensor can be made in any order
-by any thread, each while its bytes are still in that core's cache, and the result depends on the bytes alone.
+They are made of parts: so the blocks of one tensor can be summed up in any order by any thread, each while its bytes are still
+in that core's cache, and the result depends on the bytes alone.
 """
 
 from __future__ import annotations
@@ -9,38 +9,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-import xxhash
+import torch
 
+from checkpoint_engine.memory.checksum import CHUNK_BYTES, digest, finish, partial_sum
 from checkpoint_engine.memory.region import HostRegion
 
 BLOCK_BYTES = 1 << 20
+"""A multiple of CHUNK_BYTES, so that a block's chunks are its tensor's."""
 
 
 def content_digest(data: memoryview | bytes) -> int:
     """64 bits of `data`, a tensor's bytes; never 0, which means that no digest was made."""
-    return combine([block_digest(data[start : start + BLOCK_BYTES]) for start in range(0, len(data), BLOCK_BYTES)])
-
-
-def block_digest(data: memoryview | bytes) -> int:
-    """64 bits of one block. Lets other threads run meanwhile."""
-    return xxhash.xxh3_64_intdigest(data)
-
-
-def combine(blocks: Sequence[int]) -> int:
-    """The digest of a tensor, from those of its blocks in order."""
-    if len(blocks) == 1:
-        return blocks[0] or 1
-    return xxhash.xxh3_64_intdigest(b"".join(block.to_bytes(8, "little") for block in blocks)) or 1
+    return digest(torch.frombuffer(bytearray(data), dtype=torch.uint8)) if len(data) else finish(0, 0)
 
 
 class Block:
-    """Bytes [offset, end) of a region and their digest. pending: pieces of work that still have to bring some of them."""
+    """Bytes [offset, end) of a region and their sum. chunk: the number of its first chunk in its tensor. pending: pieces of work
+    that still have to bring some of them."""
 
-    __slots__ = ("digest", "end", "offset", "pending")
+    __slots__ = ("chunk", "end", "offset", "pending", "sum")
 
-    def __init__(self, offset: int, end: int) -> None:
-        self.offset, self.end = offset, end
-        self.digest, self.pending = 0, 0
+    def __init__(self, offset: int, end: int, chunk: int) -> None:
+        self.offset, self.end, self.chunk = offset, end, chunk
+        self.sum, self.pending = 0, 0
 
 
 class Span:
@@ -51,16 +42,19 @@ class Span:
     def __init__(self, region: HostRegion, offset: int, nbytes: int) -> None:
         self.region, self.offset, self.nbytes = region, offset, nbytes
         end = offset + nbytes
-        self.blocks = [Block(start, min(start + BLOCK_BYTES, end)) for start in range(offset, end, BLOCK_BYTES)]
+        self.blocks = [
+            Block(start, min(start + BLOCK_BYTES, end), (start - offset) // CHUNK_BYTES)
+            for start in range(offset, end, BLOCK_BYTES)
+        ]
 
     @property
     def digest(self) -> int:
         """Of all its blocks, once they are made."""
-        return combine([block.digest for block in self.blocks])
+        return finish(sum(block.sum for block in self.blocks), self.nbytes)
 
 
 class Digests:
-    """Makes each block's digest in the thread that brings its last bytes."""
+    """Sums up each block in the thread that brings its last bytes."""
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
@@ -84,4 +78,4 @@ class Digests:
         """Of blocks whose bytes are all there."""
         if self.enabled:
             for block in blocks:
-                block.digest = block_digest(region.view(block.offset, block.end - block.offset))
+                block.sum = int(partial_sum(region.tensor[block.offset : block.end], block.chunk))

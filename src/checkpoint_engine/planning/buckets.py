@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from checkpoint_engine.errors import CheckpointNotFoundError, SettingsError
+from checkpoint_engine.errors import CheckpointNotFoundError, ManifestError, SettingsError
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.planning.cost import H200, Rates, predict
 from checkpoint_engine.planning.holders import choose_holders
@@ -15,6 +15,9 @@ from checkpoint_engine.planning.stream import AHEAD, AHEAD_OF_SMALL, Interleaver
 OWNERS_GAIN = 1.10
 """The order "owners" must be predicted this many times as fast: it keeps many modules half loaded, and engines are slow
 then (vLLM's layerwise reload: quadratic in the tensors buffered for them)."""
+
+MAX_PIECES = 1 << 22
+"""Of what is not one tensor each: 256 TiB in pieces of 64 MiB. A manifest that claims more would take the memory for its plan."""
 
 
 def plan_broadcast(
@@ -52,6 +55,7 @@ def plan_broadcast(
     units = choose_holders(manifest)
     if not units:
         raise CheckpointNotFoundError(manifest.checkpoint, "on any rank")
+    _check_size(manifest.nbytes, piece_bytes)
     drafts = pack(units, min(piece_bytes, bucket_bytes))
     for draft in drafts:
         draft.finish(piece_bytes)
@@ -66,3 +70,8 @@ def plan_broadcast(
     owners = plan("owners", by_progress(drafts), None)
     expected = [predict(each, rates, manifest.world_size, staging=staging).seconds for each in (layers, owners)]
     return owners if expected[0] > OWNERS_GAIN * expected[1] else layers
+
+
+def _check_size(nbytes: int, piece_bytes: int) -> None:
+    if nbytes > MAX_PIECES * piece_bytes:
+        raise ManifestError(f"{nbytes} bytes are more than {MAX_PIECES} pieces of {piece_bytes} bytes: no real checkpoint")

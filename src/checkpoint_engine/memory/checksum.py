@@ -1,0 +1,154 @@
+"""The arithmetic of digests: a position-weighted sum modulo 2^64, the same on a CPU and on every accelerator.
+
+A run of bytes is cut into chunks of 4 KiB, the last one filled up with zeroes, and a chunk into little-endian 32-bit words u:
+
+    S(chunk)  =  sum of W[k] * u[k]                      k = 0 .. 1023: the word's place in the chunk
+    digest    =  sum of P[c] * fold(S(chunk c))  +  L * length            c: the chunk's number
+    fold(s)   =  s xor (s >> 32), which loses nothing
+
+The weights are 64-bit numbers drawn once and for all (splitmix64: Steele, Lea, Flood, "Fast splittable pseudorandom number
+generators", 2014), all odd but W[1023], which is an odd number times 2^32.
+
+What it catches. For certain: any change inside one 32-bit word, so every flipped bit; a length that is not the announced one.
+Everything else by chance: of all choices of weights a share of at most 2^-31 hides a given change, whatever it is (the bound of
+multilinear hashing, once for each of the two levels); it is that large only where nothing but the highest bits of 32-bit
+words changed, and about 2^-63 for most changes: swapped words, rows or chunks, shifted or repeated data, stale or torn pages.
+A plain sum would miss all of these, and one of 64-bit words with odd weights any two flips of a word's highest bit.
+
+What it does not: somebody who knows the weights, which are no secret, can make bytes that have any digest he likes.
+
+Sums of parts add up to the sum of the whole: parts can be summed in any order, by any thread or block of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+
+import torch
+
+CHUNK_BYTES = 4096
+"""Weights begin anew after so many bytes: few enough for all of them to stay in registers or in the first cache."""
+WORDS = CHUNK_BYTES // 8
+"""64-bit words of a chunk, each of which holds two 32-bit words."""
+LENGTH_WEIGHT = 0xD1B54A32D192ED03
+MASK64 = (1 << 64) - 1
+DEVICE_PIECE = 8 << 20
+"""Bytes that a device without the kernel sums up at a time; it takes six times as many for intermediate results."""
+HOST_ROWS = 128
+"""Chunks that a CPU goes through at a time, twice: they are still in its cache then."""
+_LOW32 = (1 << 32) - 1
+_PLACES = 1 << 32  # where the numbers begin that place weights are drawn from
+_ANY_LENGTH = ctypes.c_char * (1 << 62)
+
+
+def signed(value: int) -> int:
+    """A 64-bit number as torch's int64 has it."""
+    return (value & MASK64) - ((value & (1 << 63)) << 1)
+
+
+def _shifted(value: torch.Tensor, bits: int) -> torch.Tensor:
+    """int64, shifted to the right, zeroes coming in."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _drawn(numbers: torch.Tensor) -> torch.Tensor:
+    """splitmix64's outputs of these numbers, made odd."""
+    z = (numbers + 1) * signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shifted(z, 30)) * signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * signed(0x94D049BB133111EB)
+    return (z ^ _shifted(z, 31)) | 1
+
+
+# W of a chunk's even words is _LOW, of its odd ones _HIGH. They are made from two rows of numbers so that a CPU, which has
+# no fast way to 32-bit words, gets the same sum from 64-bit words x: sum of _AT_0 * x, plus sum of _AT_4 * y, where y are
+# the words that begin 4 bytes later. (Every W is a free 64-bit number nevertheless: the map between the two is one to one.)
+_AT_0 = _drawn(torch.arange(WORDS))
+_AT_4 = _drawn(torch.arange(WORDS, 2 * WORDS - 1))
+_none = torch.zeros(1, dtype=torch.int64)
+_LOW = _AT_0 + (torch.cat([_none, _AT_4]) << 32)
+_HIGH = torch.cat([_AT_4, _none]) + (_AT_0 << 32)
+
+_made: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+_places: dict[torch.device, torch.Tensor] = {}
+_making = threading.Lock()
+
+
+def word_weights(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """W of a chunk's even and of its odd 32-bit words: int64, (WORDS,) each, on `device`."""
+    made = _made.get(device)
+    if made is None:
+        made = _made[device] = (_LOW.to(device), _HIGH.to(device))
+    return made
+
+
+def place_weights(device: torch.device, chunks: int) -> torch.Tensor:
+    """P of at least the first `chunks` chunks: int64, one-dimensional, on `device`. 8 bytes a chunk."""
+    found = _places.get(device)
+    if found is None or len(found) < chunks:
+        with _making:
+            size = 1 << max(12, (chunks - 1).bit_length())
+            found = _places[device] = _drawn(torch.arange(_PLACES, _PLACES + size, device=device))
+    return found
+
+
+def partial_sum(raw: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """The sum of the chunks that `raw` (uint8, one-dimensional, contiguous, at any address) consists of, of which the first is
+    number `first` of its run. Only the run's last chunk may be shorter than CHUNK_BYTES. int64, (), on `raw`'s device.
+
+    Takes one core of a CPU: threads of torch's own would compete with those that call this.
+    """
+    if not raw.numel():
+        return torch.zeros((), dtype=torch.int64, device=raw.device)
+    sums = _host_sums(raw) if raw.device.type == "cpu" else _device_sums(raw)
+    places = place_weights(raw.device, first + len(sums))[first : first + len(sums)]
+    folded = _shifted(sums, 32).bitwise_xor_(sums)
+    return torch.dot(folded, places) if raw.device.type == "cpu" else (folded * places).sum()
+
+
+def finish(total: int, nbytes: int) -> int:
+    """The digest of a run of `nbytes` bytes, from the sum of its chunks. Never 0, which means that no digest was made."""
+    return (total + nbytes * LENGTH_WEIGHT) & MASK64 or 1
+
+
+def digest(raw: torch.Tensor) -> int:
+    """64 bits of `raw` (uint8, one-dimensional, contiguous), on whatever device; never 0. Waits for the device."""
+    return finish(int(partial_sum(raw)), raw.numel())
+
+
+def _host_sums(raw: torch.Tensor) -> torch.Tensor:
+    """S of each chunk."""
+    rows, rest = divmod(raw.numel(), CHUNK_BYTES)
+    sums = torch.empty(rows + bool(rest), dtype=torch.int64)
+    for row in range(0, rows, HOST_ROWS):
+        _host_rows(raw.data_ptr() + row * CHUNK_BYTES, sums[row : min(row + HOST_ROWS, rows)])
+    if rest:
+        last = torch.zeros(CHUNK_BYTES, dtype=torch.uint8)
+        last[:rest] = raw[rows * CHUNK_BYTES :]
+        _host_rows(last.data_ptr(), sums[rows:])
+    return sums
+
+
+def _host_rows(address: int, out: torch.Tensor) -> None:
+    rows = len(out)
+    # torch's products of int64 matrices and vectors make no copies, start no threads and let other threads run.
+    torch.mv(_words_at(address, rows * WORDS).view(rows, WORDS), _AT_0, out=out)
+    out.addmv_(_words_at(address + 4, rows * WORDS - 1).as_strided((rows, WORDS - 1), (WORDS, 1)), _AT_4)
+
+
+def _words_at(address: int, count: int) -> torch.Tensor:
+    """int64, (count,), over memory at any address, which torch's views could not have unless it is a multiple of 8."""
+    return torch.frombuffer(_ANY_LENGTH.from_address(address), dtype=torch.int64, count=count)
+
+
+def _device_sums(raw: torch.Tensor) -> torch.Tensor:
+    low, high = word_weights(raw.device)
+    sums = []
+    for piece in torch.split(raw, DEVICE_PIECE):
+        if piece.numel() % CHUNK_BYTES or piece.data_ptr() % 8 or piece.storage_offset() % 8:
+            padded = piece.new_zeros(-(-piece.numel() // CHUNK_BYTES) * CHUNK_BYTES)
+            padded[: piece.numel()] = piece
+            piece = padded
+        words = piece.view(torch.int64).view(-1, WORDS)
+        sums.append(((words & _LOW32) * low).addcmul_(_shifted(words, 32), high).sum(1))
+    return torch.cat(sums)

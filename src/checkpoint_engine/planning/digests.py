@@ -1,0 +1,50 @@
+"""The digests of a plan's tensors, in the order in which its workers see them. Not part of the plan, which outlives contents."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+
+from checkpoint_engine.manifest import Manifest
+from checkpoint_engine.planning.plan import Bucket, Item
+
+
+def packed_digests(buckets: Iterable[Bucket], manifest: Manifest) -> bytes:
+    """8 bytes for each item of each bucket, little-endian; 0 for one without a digest. Nothing at all when none has one.
+
+    Holders of a tensor agree on its digest, or gather_metas would have raised (planning.holders); where only some made one,
+    it is theirs.
+    """
+    known: dict[str, int] = {}
+    for rank in manifest.ranks:
+        for region in rank.regions:
+            known.update((tensor.name, tensor.digest) for tensor in region.tensors if tensor.digest)
+    if not known:
+        return b""
+    return pack([known.get(item.name, 0) for bucket in buckets for item in bucket.items])
+
+
+def pack(digests: Sequence[int]) -> bytes:
+    """See `packed_digests`."""
+    packed = array("Q", digests)
+    if _BIG_ENDIAN:
+        packed.byteswap()
+    return packed.tobytes()
+
+
+_BIG_ENDIAN = array("H", [1]).tobytes() != b"\1\0"
+
+
+def source_of(name: str, buckets: Sequence[Bucket], bucket: int) -> tuple[int, ...]:
+    """The ranks whose memory a tensor of bucket number `bucket` came from, in the order of its bytes; for messages.
+
+    Empty when the bucket has no pieces, as where workers map all ranks' regions, or no such tensor.
+    """
+    item = next((item for item in buckets[bucket].items if item.name == name), None)
+    return () if item is None else _owners(item, buckets[bucket])
+
+
+def _owners(item: Item, bucket: Bucket) -> tuple[int, ...]:
+    end = item.offset + item.nbytes
+    found = [piece.owner for piece in bucket.pieces if piece.offset < end and item.offset < piece.offset + piece.nbytes]
+    return tuple(dict.fromkeys(found))
