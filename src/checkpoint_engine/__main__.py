@@ -8,7 +8,10 @@ import sys
 def main() -> None:
     from checkpoint_engine.cli import run
 
-    sys.exit(run(sys.argv[1:]))
+    arguments = sys.argv[1:]
+    if arguments and arguments[0].partition("=")[0] == "--uds":  # the contract's `python -m checkpoint_engine --uds PATH`
+        arguments = ["serve", *arguments]
+    sys.exit(run(arguments))
 
 
 if __name__ == "__main__":

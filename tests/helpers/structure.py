@@ -34,7 +34,8 @@ One sentence for each module, from the top layer to the bottom one; each module'
 
 ```
 __main__
-cli | http                  commands, REST
+cli                         commands
+http                        REST, dashboard, metrics
 api, ps                     import paths of the contract
 server | worker             beside the accelerator | inside the engine: neither imports the other
 engines                     how an engine is asked to update; a small engine of our own

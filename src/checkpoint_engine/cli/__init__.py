@@ -57,6 +57,7 @@ COMMANDS = {
     "update": "checkpoint_engine.cli.update:update",
     "engine": "checkpoint_engine.cli.engine:engine",
     "probe": "checkpoint_engine.cli.probe:probe",
+    "serve": "checkpoint_engine.cli.serve:serve",
 }
 
 

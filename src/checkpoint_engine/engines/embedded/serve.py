@@ -26,6 +26,8 @@ def bind(host: str, port: int, uds: Path | None) -> tuple[socket.socket, str]:
         if uds is not None:
             return _bind_unix(uds), f"unix:{uds}"
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG)
+        # Inherited by connections. asyncio leaves it out for sockets that it did not make, and answers then take 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as e:
         raise SettingsError(f"cannot listen on {uds or f'{host}:{port}'}: {e}") from None
     shown = f"[{host}]" if ":" in host else host

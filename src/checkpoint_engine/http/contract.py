@@ -1,0 +1,63 @@
+"""The contract's routes, unchanged: each acts on the rank that is asked, and collective ones end when all ranks were."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter
+
+from checkpoint_engine.api import request_inference_to_update
+from checkpoint_engine.errors import SettingsError
+from checkpoint_engine.http.examples import OK, UPDATE_REPORT, answers
+from checkpoint_engine.http.node import Node
+from checkpoint_engine.http.schemas import ContractUpdateBody, FilesBody
+
+UPDATE_MARGIN = 300.0
+"""Seconds for the ranks to come to the update, besides those for the engine to answer."""
+
+
+def contract_routes(node: Node) -> APIRouter:
+    routes, ps = APIRouter(tags=["contract"]), node.ps
+
+    @routes.get("/v1/healthz", responses=answers({"status": "ok", "rank": 0}, errors=()))
+    async def healthz() -> dict[str, str | int]:
+        """200 as long as the server serves, also while it updates."""
+        return {"status": "ok", "rank": node.rank}
+
+    @routes.post("/v1/checkpoints/{name}/files", responses=answers(OK, errors=(400, 409)))
+    async def register(name: str, body: FilesBody) -> dict[str, str]:
+        """Bring files into the host memory of this rank."""
+        await node.other(partial(ps.register_checkpoint, name, files=body.files))
+        return OK
+
+    @routes.post("/v1/checkpoints/{name}/gather-metas", responses=answers(OK, errors=(503, 504)))
+    async def gather(name: str) -> dict[str, str]:
+        """Collective: agree on who holds what."""
+        await node.collective(partial(node.remembering, partial(ps.gather_metas, name)))
+        return OK
+
+    @routes.post("/v1/checkpoints/{name}/update", responses=answers(UPDATE_REPORT, errors=(400, 404, 409, 500, 502, 504)))
+    async def update(name: str, body: ContractUpdateBody) -> dict[str, Any]:
+        """Collective: put the checkpoint into the engines. Answers when all workers have committed."""
+        limit = timedelta(seconds=body.timeout + UPDATE_MARGIN)
+        work = partial(ps.update, name, request_function(body), ranks=body.ranks, timeout=limit)
+        report = await node.collective(work)
+        return report.to_dict()
+
+    return routes
+
+
+def request_function(body: ContractUpdateBody) -> Any:
+    """Asks the engine as `body` says."""
+
+    def request(handles: list[tuple[str, str]]) -> None:
+        if body.update_url is None:
+            return
+        if beyond := [rank for rank in body.inference_group_ranks if rank >= len(handles)]:
+            raise SettingsError(f"inference_group_ranks {beyond} are not in a world of {len(handles)}")
+        chosen = [handles[rank] for rank in body.inference_group_ranks] or handles
+        request_inference_to_update(body.update_url, dict(chosen), timeout=body.timeout, uds=body.uds)
+
+    return request
