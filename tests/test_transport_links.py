@@ -223,10 +223,9 @@ def test_closing_an_abandoned_communicator_does_not_wait_for_its_broadcasts() ->
         options: Any = {"store": prefix, "address": HOST, "settings": Settings(join_timeout=10.0, timeout=10.0)}
         collective = join(device, rank=number, world_size=2, **options)
         with device.stream("share") as stream:
-            collective.broadcast(torch.zeros(1 << 16, dtype=torch.uint8), None, 1 - number, stream)
-            event = stream.record()
+            event = collective.broadcast(torch.zeros(1 << 16, dtype=torch.uint8), None, 1 - number, stream, None)
             assert not event.wait(0.05)
-            collective.abandon()
+            collective.abandon(())
             with pytest.raises(PeerLostError, match="abandoned"):
                 event.wait(5)
         collective.close()
