@@ -33,7 +33,7 @@ class Session:
         self.handles: list[str] = []
         self.script: Callable[[Load, Callable[[], None]], str] = lambda run, post_hook: "unset"
 
-    def __call__(self, handle: str, *, run: Load, post_hook: Callable[[], None]) -> str:
+    def __call__(self, handle: str, *, run: Load, post_hook: Callable[[], None], model: object) -> str:
         self.handles.append(handle)
         return self.script(run, post_hook)
 

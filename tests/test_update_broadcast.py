@@ -45,7 +45,9 @@ def test_every_worker_has_every_tensor(world_size: int) -> None:
 
 def _check_report(report: UpdateReport, world_size: int, seed: int) -> None:
     assert report.nbytes == sum(t.nbytes for t in tensors(seed).values())
-    assert set(report.stages) == {"lift", "load", "load_weights", "post_hook"} | ({"share"} if world_size > 1 else set())
+    assert set(report.stages) == {"lift", "load", "load_weights", "post_hook", "worker"} | (
+        {"share"} if world_size > 1 else set()
+    )
     assert len(report.ranks) == world_size
     assert sum(stages["lift"].nbytes for stages in report.ranks) >= report.nbytes
     assert all(0 <= s.seconds <= report.seconds for stages in report.ranks for s in stages.values())

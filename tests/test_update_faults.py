@@ -15,6 +15,7 @@ import torch
 from checkpoint_engine.errors import UpdateError, UpdateInProgressError
 from checkpoint_engine.server import ParameterServer
 from checkpoint_engine.transport.channel import MAGIC, PREAMBLE
+from checkpoint_engine.transport.messages import PROTOCOL
 from checkpoint_engine.transport.session import prepare_directory
 from helpers.fleet import LAST, Handles, Orders, Worker, digests, quick, request, server, share_of, tensors, workers
 from helpers.ranks import run_ranks, start_ranks
@@ -241,15 +242,15 @@ def _garbage(sock: socket.socket) -> None:
 
 
 def _garbage_after_the_preamble(sock: socket.socket) -> None:
-    sock.sendall(PREAMBLE.pack(MAGIC, 1) + struct.pack("<I", 5) + b"\xff" * 5)
+    sock.sendall(PREAMBLE.pack(MAGIC, PROTOCOL) + struct.pack("<I", 5) + b"\xff" * 5)
 
 
 def _too_long(sock: socket.socket) -> None:
-    sock.sendall(PREAMBLE.pack(MAGIC, 1) + struct.pack("<I", 0xFFFFFFFF))
+    sock.sendall(PREAMBLE.pack(MAGIC, PROTOCOL) + struct.pack("<I", 0xFFFFFFFF))
 
 
 def _a_word_out_of_turn(sock: socket.socket) -> None:
-    sock.sendall(PREAMBLE.pack(MAGIC, 1) + struct.pack("<I", 9) + b"\x92\xa5Ready\x00\x00")
+    sock.sendall(PREAMBLE.pack(MAGIC, PROTOCOL) + struct.pack("<I", 9) + b"\x92\xa5Ready\x00\x00")
 
 
 def _hang_up(sock: socket.socket) -> None:
@@ -280,7 +281,7 @@ def _stranger(rank: int, world_size: int, crew: list[Worker], speak: Callable[[s
 @pytest.mark.parametrize(
     ("speak", "words"),
     [
-        (_another_version, "speaks protocol version 99, not 1"),
+        (_another_version, f"speaks protocol version 99, not {PROTOCOL}"),
         (_garbage, "does not speak this protocol"),
         (_garbage_after_the_preamble, "sent something that is not a message"),
         (_too_long, "announced a message of 4294967295 bytes"),

@@ -31,6 +31,10 @@ class Settings:
     mem_fraction     at most this part of the smallest free device memory is used for the ring
     peer_copies      on one host, let each rank copy into the other ranks' rings instead of broadcasting
     map_regions      on a CPU, and one host, let workers load straight from the servers' memory instead of broadcasting
+    method           how bytes reach the workers: "broadcast"; "pull", straight from the servers' memory (an error where that
+                     cannot be); "auto": on one host whichever is predicted to be faster
+    recorded_loads   in the engine's process: "on": where the engine names its model, learn what its loader copies, prove it,
+                     and copy without the loader from then on; "off": never; "auto": on a CPU, until it has run on GPUs
     free_after_update  give ring, staging and communicator back after each update
     socket_dir       directory of the sockets a worker connects to; workers must see the same path
     socket_dir_mode  its mode; loosen it only where engines run as other users
@@ -51,6 +55,8 @@ class Settings:
     mem_fraction: float = 0.9
     peer_copies: bool = True
     map_regions: bool = True
+    method: str = "auto"
+    recorded_loads: str = "auto"
     free_after_update: bool = False
     socket_dir: Path = dataclasses.field(default_factory=default_socket_dir)
     socket_dir_mode: int = 0o700
@@ -69,6 +75,9 @@ class Settings:
                 raise SettingsError(f"{name} must be at least 4096 bytes, not {value}")
         if not 0 < self.mem_fraction <= 1:
             raise SettingsError(f"mem_fraction must be in (0, 1], not {self.mem_fraction}")
+        for name, known in _CHOICES.items():
+            if (chosen := getattr(self, name)) not in known:
+                raise SettingsError(f"{name} must be one of {', '.join(known)}, not {chosen!r}")
         for name in ("timeout", "connect_timeout", "attach_timeout", "join_timeout", "io_threads"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} must be positive, not {getattr(self, name)}")
@@ -95,6 +104,12 @@ class Settings:
         return cls(**values)  # type: ignore[arg-type]
 
 
+_CHOICES = {
+    "method": ("auto", "broadcast", "pull"),
+    "recorded_loads": ("auto", "on", "off"),
+}
+
+
 def _uids(text: str) -> frozenset[int]:
     return frozenset(int(part) for part in text.split(","))
 
@@ -115,6 +130,8 @@ VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "CHECKPOINT_ENGINE_NCCL_CHANNELS": ("nccl_channels", int),
     "CHECKPOINT_ENGINE_PEER_COPIES": ("peer_copies", _flag),
     "CHECKPOINT_ENGINE_MAP_REGIONS": ("map_regions", _flag),
+    "CHECKPOINT_ENGINE_METHOD": ("method", str),
+    "CHECKPOINT_ENGINE_RECORDED_LOADS": ("recorded_loads", str),
     "CHECKPOINT_ENGINE_FREE_AFTER_UPDATE": ("free_after_update", _flag),
     "CHECKPOINT_ENGINE_SOCKET_DIR": ("socket_dir", Path),
     "CHECKPOINT_ENGINE_SOCKET_DIR_MODE": ("socket_dir_mode", lambda s: int(s, 8)),

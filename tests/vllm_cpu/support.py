@@ -38,7 +38,7 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 2048,
     "initializer_range": 0.1,
     "bos_token_id": 0,
     "eos_token_id": 1,
@@ -133,7 +133,7 @@ def vllm_server(model: Path, *arguments: str, load: bool = False, tensor_paralle
         "HF_HUB_OFFLINE": "1",
     }
     command = [f"{VENV}/bin/vllm", "serve", str(model), "--served-model-name", "m", "--uds", str(folder / "http")]
-    command += ["--dtype", "bfloat16", "--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager"]
+    command += ["--dtype", "bfloat16", "--max-model-len", "1280", "--max-num-seqs", "4", "--enforce-eager"]
     command += ["--load-format", "auto" if load else "dummy", "--tensor-parallel-size", str(tensor_parallel)]
     command += ["--worker-extension-cls", "checkpoint_engine.worker.VllmColocateWorkerExtension", *arguments]
     log = folder / "log"

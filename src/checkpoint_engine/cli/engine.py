@@ -17,6 +17,8 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+    from checkpoint_engine.loads.recordable import Recordable
+
 
 class LoadFormat(StrEnum):
     auto = "auto"
@@ -75,8 +77,14 @@ def worker(version: str | None) -> Callable[..., str]:
     if version is not None:
         state.commit(version)
 
-    def receive(handle: str, *, run: Callable[[list[tuple[str, torch.Tensor]]], None], post_hook: Callable[[], None]) -> str:
-        return update_weights_from_ipc(None, handle, 0, run=run, post_hook=post_hook, state=state)
+    def receive(
+        handle: str,
+        *,
+        run: Callable[[list[tuple[str, torch.Tensor]]], None],
+        post_hook: Callable[[], None],
+        model: Recordable | None = None,
+    ) -> str:
+        return update_weights_from_ipc(None, handle, 0, run=run, post_hook=post_hook, state=state, model=model)
 
     return receive
 

@@ -7,8 +7,9 @@ in both, work queued on one stream runs in order, and an event tells when all wo
 from __future__ import annotations
 
 import importlib
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -129,8 +130,19 @@ class Device(ABC):
 
     @abstractmethod
     def open_ring(self, handle: SharedHandle, descriptors: tuple[int, ...]) -> Mapping:
-        """Map a ring of another process; takes ownership of `descriptors`. Raises ProtocolError naming what to share
-        when it cannot be mapped."""
+        """Map a ring of another process, or a region; takes ownership of `descriptors`. A region's tensor may be in host memory
+        that the device reads. Raises ProtocolError naming what to share when it cannot be mapped."""
+
+    def map_ahead(self, regions: Sequence[SharedHandle], descriptors: Sequence[int]) -> None:
+        """Begin to make these regions ready to be opened in a later session, without waiting for it, and give up those of earlier
+        calls. Takes ownership of `descriptors`."""
+        for descriptor in descriptors:  # a device that has nothing to prepare
+            os.close(descriptor)
+
+    @property
+    def reads_regions(self) -> bool:
+        """Whether regions can be opened, as far as is known."""
+        return True
 
     @abstractmethod
     def open_peer(self, handle: SharedHandle, descriptors: tuple[int, ...]) -> Mapping:

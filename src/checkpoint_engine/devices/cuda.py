@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from checkpoint_engine.devices.base import Closing, Device, Event, Mapping, Ring, SharedHandle, Stream
 from checkpoint_engine.devices.cudart import INVALID_VALUE, OUT_OF_MEMORY, CudaRuntime, runtime
 from checkpoint_engine.devices.foreign import tensor_at
+from checkpoint_engine.devices.host_regions import HostRegions
 from checkpoint_engine.devices.numa import bind_to_node, gpu_node, place_on_node
 from checkpoint_engine.devices.polling import poll
 from checkpoint_engine.errors import DeviceError, ManifestError, ProtocolError
 
 GRANULE = 2 << 20
 """Bytes. cudaMalloc packs smaller allocations into one block of this size, and an IPC handle shares the whole block."""
+
+_host_regions: dict[int, HostRegions] = {}  # of this process, by the device's index: they outlive sessions
 
 _CANNOT_MAP = (INVALID_VALUE, 201, 205, 217, 304, 400, 800, 801, 999)  # what drivers answer to a handle they cannot open
 
@@ -204,7 +207,24 @@ class CudaDevice(Device):
 
     allocate = allocate_ring
 
+    @property
+    def _regions(self) -> HostRegions:
+        return _host_regions.setdefault(self.index, HostRegions(self._register_bound, self.synchronize))
+
+    def _register_bound(self, tensor: torch.Tensor) -> Closing:
+        self.bind_thread()
+        return self.register_host(tensor)
+
+    def map_ahead(self, regions: Sequence[SharedHandle], descriptors: Sequence[int]) -> None:
+        self._regions.prepare(regions, descriptors)
+
+    @property
+    def reads_regions(self) -> bool:
+        return self._regions.usable
+
     def open_ring(self, handle: SharedHandle, descriptors: tuple[int, ...]) -> Mapping:
+        if handle.kind == "region" and len(descriptors) == 1:
+            return self._regions.open(handle, descriptors[0])
         for descriptor in descriptors:  # a CUDA ring needs none
             os.close(descriptor)
         if handle.kind != "cuda_ipc":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import functools
 import re
 from collections.abc import Iterable, Mapping
@@ -72,6 +73,12 @@ class Model:
         self._ends.append((low, high, number))
         for _, base, _, _, tensor in group:
             self.by_key[storage_key(tensor)] = (number, base - low)
+
+    def unheld(self) -> Model:
+        """The same, without keeping the memory: to be used only while the model is known to have this fingerprint."""
+        model = copy.copy(self)
+        model.bytes = [tensor_at(raw.data_ptr(), raw.numel(), raw.device) for raw in self.bytes]
+        return model
 
     @property
     def storages(self) -> tuple[Storage, ...]:

@@ -79,25 +79,26 @@ class Replayer:
 
 
 class Copies:
-    """Plain copies, one for each move. Views are kept as long as the memories stay where they are."""
+    """Plain copies, one for each move. Views of the model are kept; of the memories nothing is, so that they can go."""
 
     def __init__(self, found: list[Move], storages: Sequence[torch.Tensor]) -> None:
         self._moves, self._storages = found, storages
-        self._bases: tuple[int, ...] = ()
-        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._made_for: tuple[int, ...] | None = None
+        self._targets: list[tuple[int, torch.Tensor]] = []  # with the bytes of a unit
 
     def run(self, memories: Sequence[torch.Tensor]) -> None:
-        if self._bases != (bases := tuple(memory.data_ptr() for memory in memories)):
-            self._pairs = [self._pair(move, memories[move.memory]) for move in self._moves]
-            self._bases = bases
-        for target, source in self._pairs:
+        alignment = tuple(math.gcd(8, memory.data_ptr(), memory.storage_offset()) for memory in memories)
+        if self._made_for != alignment:
+            self._targets = [self._target(move, alignment[move.memory]) for move in self._moves]
+            self._made_for = alignment
+        for move, (unit, target) in zip(self._moves, self._targets, strict=True):
+            source = view(memories[move.memory], move.source, move.run, move.sizes, move.source_strides, unit)
             target.copy_(source, non_blocking=True)
 
-    def _pair(self, move: Move, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _target(self, move: Move, alignment: int) -> tuple[int, torch.Tensor]:
         storage = self._storages[move.storage]
-        unit = math.gcd(move.unit, 8, *(raw.data_ptr() for raw in (memory, storage)), memory.storage_offset())
-        source = view(memory, move.source, move.run, move.sizes, move.source_strides, unit)
-        return view(storage, move.target, move.run, move.sizes, move.target_strides, unit), source
+        unit = math.gcd(move.unit, alignment, storage.data_ptr())
+        return unit, view(storage, move.target, move.run, move.sizes, move.target_strides, unit)
 
 
 def view(

@@ -7,6 +7,7 @@ links. Plain floating-point arithmetic in a fixed order, so every rank computes 
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -163,3 +164,31 @@ class _Copies:
 def _conclude(seconds: float, lift: float, share: float, load: float) -> Prediction:
     busiest, busy = max((("lift", lift), ("share", share), ("load", load)), key=lambda stage: stage[1])
     return Prediction(seconds, lift, share, load, busiest if 2 * busy >= seconds else "order")
+
+
+class PullRates(msgspec.Struct, frozen=True, kw_only=True):
+    """What pulling can do. Bytes per second; seconds.
+
+    gather   one kernel that reads scattered bytes of registered host memory, one rank alone
+    memory   all of a host's ranks together
+    latency  of a pull, besides its bytes
+    """
+
+    gather: float
+    memory: float
+    latency: float = 0.0
+
+
+# Measured on one H200: 4 719 slices of one TP rank at 50.5 GB/s. How much eight GPUs read together was not measured: two sockets
+# with eight channels of DDR5-4800 have 614 GB/s in theory, of which a third is assumed.
+H200_PULL = PullRates(gather=50.5e9, memory=200e9, latency=1e-3)
+
+
+def predict_pull(reads: Sequence[int], rates: PullRates) -> float:
+    """Seconds of an update in which every rank of one host reads its own bytes (`reads`, one number a rank) from host memory."""
+    return rates.latency + max(max(reads, default=0) / rates.gather, sum(reads) / rates.memory)
+
+
+def predict_replayed(plan: Plan, rates: Rates, world_size: int, *, staging: int = 2) -> Prediction:
+    """`predict`, with workers that replay their loads: what a tensor costs in the engine's loader is gone."""
+    return predict(plan, msgspec.structs.replace(rates, load_per_tensor=0.0), world_size, staging=staging)

@@ -34,7 +34,7 @@ class RequestDone:
 
 @dataclasses.dataclass(frozen=True)
 class PassEnded:
-    """The pass is ready to commit (stats), or failed (error)."""
+    """The pass is ready to commit, or wants its stream again (stats), or failed (error)."""
 
     stats: dict[str, m.StageStats] | None
     error: CheckpointEngineError | None

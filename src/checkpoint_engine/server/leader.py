@@ -12,20 +12,24 @@ from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport import messages as m
 from checkpoint_engine.transport.meeting import LEADER
 
+MAX_REPEATS = 3
+"""Streams of one pass: recorded, proved, and the loader alone where that was refused."""
+
 
 class Leader:
     """The first pass begins when every rank's worker is there, but for ranks that said that none will come; a further one
     when some worker asks for it. Ranks without one relay. A request that returned proves nothing; the update ends when all
-    have returned, no pass runs and no worker waits."""
+    have returned, no pass runs and no worker waits. A pass is streamed again to workers that ask for it, and commits when all are
+    ready."""
 
     def __init__(self, number: int, world_size: int, settings: Settings, now: float) -> None:
         self._number, self._everybody, self._settings = number, frozenset(range(world_size)), settings
         self._waiting: dict[int, int] = {}  # rank -> workers that wait there
         self._returned: set[int] = set()
         self._absent: set[int] = set()
-        self._done: dict[int, dict[str, m.StageStats]] = {}
+        self._done: dict[int, m.PassDone] = {}
         self._settled: set[int] = set()
-        self._pass = 0
+        self._pass = self._repeats = 0
         self._state = "idle"  # -> "loading" -> "committing" -> "idle"
         self._grace_ends = math.inf
         self._attach_by = now + settings.attach_timeout
@@ -39,8 +43,12 @@ class Leader:
                 self._returned.add(sender)
                 if absent:
                     self._absent.add(sender)
-            case m.PassDone(pass_=number, stats=stats) if self._state == "loading" and number == self._pass:
-                self._done[sender] = stats
+            case m.PassDone(pass_=number) if self._state == "loading" and number == self._pass:
+                if message.again and self._repeats == MAX_REPEATS:
+                    raise ProtocolError(
+                        f"the worker of rank {sender} asks for pass {number} once more, after {MAX_REPEATS} times"
+                    )
+                self._done[sender] = message
             case m.Settled(pass_=number) if self._state == "committing" and number == self._pass:
                 self._settled.add(sender)
             case _:
@@ -54,6 +62,8 @@ class Leader:
     def orders(self, now: float) -> list[m.Begin | m.CommitPass | m.End]:
         """What to tell all ranks now, given what was heard."""
         if self._state == "loading" and self._done.keys() == self._everybody:
+            if again := {rank for rank, done in self._done.items() if done.again}:
+                return [self._repeat(again)]
             self._state = "committing"
             self._settled.clear()
             return [m.CommitPass(self._number, self._pass)]
@@ -75,16 +85,27 @@ class Leader:
             return [self._begin(asking)] if now >= self._grace_ends else []
         if self._returned == self._everybody:
             self._state = "ended"
-            return [m.End(self._number, tuple(self._done[r] for r in sorted(self._done)))]
+            return [self._end()]
         return []
+
+    def _end(self) -> m.End:
+        done = [self._done[rank] for rank in sorted(self._done)]
+        ways = tuple(dict.fromkeys(way for each in done for way in each.ways))
+        notes = tuple(f"rank {rank}: {note}" for rank, each in enumerate(done) for note in each.notes)
+        return m.End(self._number, tuple(each.stats for each in done), ways, notes)
 
     def _begin(self, ranks: set[int]) -> m.Begin:
         for rank in ranks:
             self._waiting[rank] -= 1
-        self._pass += 1
+        self._pass, self._repeats = self._pass + 1, 1
         self._state, self._grace_ends, self._attach_by = "loading", math.inf, math.inf
         self._done.clear()
         return m.Begin(self._number, self._pass, tuple(sorted(ranks)))
+
+    def _repeat(self, ranks: set[int]) -> m.Begin:
+        self._pass, self._repeats = self._pass + 1, self._repeats + 1
+        self._done.clear()
+        return m.Begin(self._number, self._pass, tuple(sorted(ranks)), again=True)
 
     def overdue(self, now: float) -> tuple[int, str, DeadlineError] | None:
         """(rank, stage, error) when the first pass's workers ought to have come by now."""

@@ -1,7 +1,8 @@
-"""Updates without a copy between server and worker: on a CPU, and one host, workers map all ranks' regions and load from there.
+"""Updates without a ring: on one host, workers map all ranks' regions and load, or pull, from there.
 
-There is nothing to lift, because host memory is device memory, and nothing to share, because every process of the host can
-map every region. Ranks that cannot open each other's descriptors (other users, other PID namespaces) broadcast instead.
+There is nothing to lift, because host memory is device memory or read by the device itself, and nothing to share, because every
+process of the host can map every region. Ranks that cannot open each other's descriptors (other users, other PID namespaces)
+broadcast instead.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.transport.channel import MAX_DESCRIPTORS
 from checkpoint_engine.transport.descriptors import SharedDescriptor
 from checkpoint_engine.transport.messages import Attach, StageStats, Table
-from checkpoint_engine.transport.session import WorkerChannel
 
 
 def describe(regions: Sequence[HostRegion]) -> tuple[SharedDescriptor, ...] | None:
@@ -31,18 +31,18 @@ def describe(regions: Sequence[HostRegion]) -> tuple[SharedDescriptor, ...] | No
 class OpenRegions(Closing):
     """Descriptors of all ranks' regions, in the order of planning.mapped.region_numbers.
 
-    Raises OSError when one cannot be opened, or is not the one that was announced.
+    writable: as registering with a GPU needs it. Raises OSError when one cannot be opened, or is not the one that was announced.
     """
 
-    def __init__(self, regions: Sequence[SharedDescriptor], manifest: Manifest) -> None:
+    def __init__(self, regions: Sequence[SharedDescriptor], manifest: Manifest, *, writable: bool = False) -> None:
         self.manifest = manifest
         self.handles = tuple(SharedHandle("region", region.nbytes) for region in regions)
         self.descriptors: tuple[int, ...] = ()
-        if len(regions) > MAX_DESCRIPTORS:
+        if len(regions) >= MAX_DESCRIPTORS:  # a ring may need one beside them
             raise OSError(f"{len(regions)} regions are more than a message can carry")
         try:
             for region in regions:
-                self.descriptors += (region.open(os.O_RDONLY),)
+                self.descriptors += (region.open(os.O_RDWR if writable else os.O_RDONLY),)
         except BaseException:
             self.close()
             raise
@@ -64,13 +64,12 @@ class MappedPass(Pass):
         for index in range(len(self._plan.buckets)):
             self._arrived.put((index, None))
 
-    def _attach(self, worker: WorkerChannel) -> None:
+    def _attachment(self) -> tuple[Attach, tuple[int, ...]]:
         digest = f"mapped-{self._plan.digest}"
         tables = None
         if digest not in self._known:
             tables = tuple(Table(0, 0, items) for items in mapped_items(self._plan, self._source.manifest))
-        attach = Attach(self._lane.rank, self._source.handles, digest, tables)
-        worker.send(attach, self._source.descriptors, seconds=self._remaining())
+        return Attach(self._lane.rank, self._source.handles, digest, tables), self._source.descriptors
 
     def _stats(self) -> dict[str, StageStats]:
         return self._load_stats()

@@ -11,8 +11,9 @@ from checkpoint_engine.transport.links import Links
 
 class Offer(msgspec.Struct, frozen=True, array_like=True):
     """host: for messages. plan: its digest. generation: of the communicator that this rank has or wants. where, regions:
-    for ranks of the same host to open (None: they cannot). copies: it would share by peer copies. error: why this rank
-    cannot take part."""
+    for ranks of the same host to open (None: they cannot). copies: it would share by peer copies. method: see Settings. maps: its
+    worker reads host memory as its own. reads: bytes that its worker would pull; -1: it has no load plan, as far as is known.
+    ahead: digest of the regions that its worker has mapped for that. error: why this rank cannot take part."""
 
     checkpoint: str
     plan: str
@@ -25,6 +26,10 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     copies: bool = False
     regions: tuple[SharedDescriptor, ...] | None = None
     error: str = ""
+    method: str = "auto"
+    maps: bool = False
+    reads: int = -1
+    ahead: str = ""
 
 
 def exchange_offers(links: Links, mine: Offer, seconds: float) -> list[Offer]:

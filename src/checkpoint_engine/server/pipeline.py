@@ -21,8 +21,9 @@ from checkpoint_engine.devices.base import Event
 from checkpoint_engine.devices.spans import Spans
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError
 from checkpoint_engine.planning.plan import Bucket, Piece, Plan
+from checkpoint_engine.server.heard import Heard
 from checkpoint_engine.server.lane import Lane
-from checkpoint_engine.transport.messages import Attach, Failed, Load, Loaded, Ready, Release, StageStats, Table
+from checkpoint_engine.transport.messages import Again, Attach, Failed, Load, Loaded, Ready, Release, StageStats, Table
 from checkpoint_engine.transport.session import WorkerChannel
 
 SLICE = 0.1
@@ -73,7 +74,7 @@ class Pass:
         self._loaded = 0
         self._error: CheckpointEngineError | None = None
         self.loads_sent = 0
-        self._load_seconds = self._engine_seconds = self._hook_seconds = 0.0
+        self.heard = Heard()
         stream = [(plan.buckets[index], plan.buckets[index].pieces[number]) for index, number in plan.stream]
         self._own: list[tuple[Bucket, Piece]] = [(b, p) for b, p in stream if p.owner == lane.rank]
         self._lifts: list[_Lifted] = []
@@ -184,7 +185,7 @@ class Pass:
     def _deliver(self) -> None:
         worker = self._worker
         if worker is not None:
-            self._attach(worker)
+            worker.send(*self._attachment(), seconds=self._remaining())
         for bucket in self._plan.buckets:
             if (entry := self._next_arrival()) is None:
                 raise Stopped("stopped")
@@ -212,12 +213,13 @@ class Pass:
         with contextlib.suppress(PeerLostError):  # the collector reads why: the worker's own words, or its death
             worker.send(message, seconds=self._remaining())
 
-    def _attach(self, worker: WorkerChannel) -> None:
+    def _attachment(self) -> tuple[Attach, tuple[int, ...]]:
+        """What the worker has to map, and the descriptors that travel with it."""
         handle, descriptors = self._lane.ring.share()
         tables = None
         if self._plan.digest not in self._known:
             tables = tuple(Table(b.offset, b.nbytes, b.items) for b in self._plan.buckets)
-        worker.send(Attach(self._lane.rank, (handle,), self._plan.digest, tables), descriptors, seconds=self._remaining())
+        return Attach(self._lane.rank, (handle,), self._plan.digest, tables), descriptors
 
     def _wait_shared(self, event: Event, bucket: int, owner: int) -> None:
         collective = self._lane.collective
@@ -240,16 +242,15 @@ class Pass:
     def _collect(self) -> None:
         while True:
             match self._receive():
-                case Loaded(bucket=bucket, seconds=seconds, inside=inside):
+                case Loaded(bucket=bucket) as loaded:
                     if bucket != self._loaded:
                         raise ProtocolError(f"the worker loaded bucket {bucket} when {self._loaded} was next")
-                    self._load_seconds += seconds
-                    self._engine_seconds += inside
+                    self.heard.loaded(loaded)
                     self._set_loaded(bucket)
-                case Ready(seconds=seconds):
+                case Ready() | Again() as ended:
                     if self._loaded != len(self._plan.buckets):
                         raise ProtocolError(f"the worker is ready after {self._loaded} of {len(self._plan.buckets)} buckets")
-                    self._hook_seconds = seconds
+                    self.heard.ended(ended)
                     return
                 case Failed() as failed:
                     where = f" of bucket {failed.bucket}" if failed.bucket >= 0 else ""
@@ -288,11 +289,4 @@ class Pass:
         return stats | self._load_stats()
 
     def _load_stats(self) -> dict[str, StageStats]:
-        if self._worker is None:
-            return {}
-        nbytes = self._plan.nbytes
-        return {
-            "load": StageStats(nbytes, self._load_seconds),
-            "load_weights": StageStats(nbytes, self._engine_seconds),
-            "post_hook": StageStats(0, self._hook_seconds),
-        }
+        return self.heard.stats(self._plan.nbytes) if self._worker is not None else {}

@@ -26,10 +26,15 @@ class UpdateReport:
 
     nbytes   bytes of tensors that each replica's workers were shown
     seconds  from the call of `update` to its end, on this rank
-    stages   lift, share, load (of it load_weights: the engine's own function), post_hook; of each the rank that was longest
-             at work in it
+    method   "broadcast"; "copies": peer copies within a host; "mapped": engines loaded straight from the servers' memory;
+             "pull": the same, replayed
+    stages   lift, share, load (of it load_weights: the engine's own function), post_hook; worker: all that Python did in it,
+             waiting left out, and of that record, prove, replay; of each the rank that was longest at work in it
     ranks    the same per rank, in rank order
-    passes   how often the stream ran (more than once with speculative decoding)
+    passes   how often the stream ran (more than once with speculative decoding, and to record and prove a load plan)
+    ways     how workers loaded: "loader", "proved" (the loader, then a plan that is used from then on), "replayed"; all that
+             there were among ranks and workers
+    notes    why a worker does not replay, where it was asked to
     """
 
     version: str
@@ -39,6 +44,8 @@ class UpdateReport:
     passes: int
     stages: dict[str, StageReport]
     ranks: tuple[dict[str, StageReport], ...]
+    ways: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def gb_per_s(self) -> float:
@@ -64,7 +71,16 @@ class UpdateReport:
             "passes": self.passes,
             "stages": stages(self.stages),
             "ranks": [stages(r) for r in self.ranks],
+            "ways": list(self.ways),
+            "notes": list(self.notes),
         }
+
+
+def method_name(shared_by: str, ways: tuple[str, ...], *, mapped: bool) -> str:
+    """shared_by: of the lane; mapped: workers had all ranks' regions."""
+    if not mapped:
+        return shared_by
+    return "pull" if ways == ("replayed",) else "mapped"
 
 
 def merge(first: dict[str, StageStats], second: dict[str, StageStats]) -> dict[str, StageStats]:

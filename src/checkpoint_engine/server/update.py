@@ -6,7 +6,6 @@ passes, lets them commit, and ends the update. News of a failure goes from the r
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import logging
 import threading
@@ -15,19 +14,20 @@ from collections.abc import Callable
 
 import torch
 
-from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, ProtocolError, UpdateError
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, UpdateError
 from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.server.crew import Crew
 from checkpoint_engine.server.events import PassEnded, RequestDone, SessionFailed, WorkerCame
+from checkpoint_engine.server.heard import Heard
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.leader import Leader
 from checkpoint_engine.server.level import LEVEL_SECONDS, level
 from checkpoint_engine.server.pipeline import Pass, PassError
-from checkpoint_engine.server.report import merge
+from checkpoint_engine.server.report import StageReport, UpdateReport, slowest
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport import messages as m
 from checkpoint_engine.transport.links import LEFT, Inbox, Links
 from checkpoint_engine.transport.meeting import LEADER
-from checkpoint_engine.transport.session import WorkerChannel, dismiss
 
 log = logging.getLogger(__name__)
 CAUSE_SECONDS = 0.25
@@ -40,8 +40,19 @@ NO_WORKER = object()
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
+    """passes: streams. reads: of this rank's workers, see Crew; the others are all ranks'."""
+
     passes: int
     stats: tuple[dict[str, m.StageStats], ...]
+    ways: tuple[str, ...]
+    notes: tuple[str, ...]
+    reads: int
+
+
+def make_report(version: str, method: str, nbytes: int, seconds: float, outcome: Outcome) -> UpdateReport:
+    """nbytes: of one stream; seconds: of this rank."""
+    ranks = tuple({k: StageReport(s.nbytes, s.seconds) for k, s in stats.items()} for stats in outcome.stats)
+    return UpdateReport(version, method, nbytes, seconds, outcome.passes, slowest(ranks), ranks, outcome.ways, outcome.notes)
 
 
 class _Fail(Exception):
@@ -75,14 +86,12 @@ class UpdateRun:
         self._make_pass, self._hosts = make_pass, hosts
         self._rank = links.rank
         self._deadline = time.monotonic() + settings.timeout
-        self._workers: collections.deque[WorkerCame] = collections.deque()
-        self._asked = 0
+        self._crew = Crew()
         self._leader = Leader(inbox.update, links.world_size, settings, time.monotonic()) if self._rank == LEADER else None
         self._pass: Pass | None = None
         self._pass_thread: threading.Thread | None = None
-        self._pass_worker: WorkerChannel | None = None
         self._pass_number = 0
-        self._stats: dict[str, m.StageStats] = {}
+        self._loaded_before = False  # an earlier stream of the pass has
         self._request: threading.Thread | None = None
         self._dirty = False
 
@@ -100,7 +109,7 @@ class UpdateRun:
         try:
             while (end := self._step(deadline)) is None:
                 pass
-            return Outcome(self._pass_number, end.stats)
+            return Outcome(self._pass_number, end.stats, end.ways, end.notes, self._crew.reads)
         except _Fail as e:
             failure = e.failure
             self._abort(failure, e.announced)
@@ -176,8 +185,7 @@ class UpdateRun:
                 stage = failed.stage if isinstance(failed, PassError) else "update"
                 raise self._fail(stage, failed.reason if isinstance(failed, PassError) else str(failed))
             case PassEnded(stats=stats):
-                self._stats = merge(self._stats, stats or {})
-                self._links.send(LEADER, m.PassDone(self._number, self._pass_number, self._stats))
+                self._pass_over(stats or {})
             case m.CommitPass():
                 self._commit()
             case m.Failure():
@@ -213,26 +221,23 @@ class UpdateRun:
     # --- passes --------------------------------------------------------------------------------------------------------
 
     def _welcome(self, worker: WorkerCame) -> None:
-        self._workers.append(worker)
+        self._crew.came(worker)
         if self._device is not None and worker.hello.device != self._device:
             raise self._fail("attach", f"a worker on {worker.hello.device} took the handle of {self._device} (rank {self._rank})")
-        self._asked += 1
-        self._links.send(LEADER, m.Waiting(self._number, self._asked))
+        self._links.send(LEADER, m.Waiting(self._number, self._crew.asked))
 
     def _begin(self, begin: m.Begin) -> None:
-        worker: WorkerCame | None = None
-        if self._rank in begin.ranks:
-            if not self._workers:
-                raise self._fail("attach", f"pass {begin.pass_} began without this rank's worker")
-            worker = self._workers.popleft()
+        if begin.again:
+            self._loaded_before = self._loaded_before or (self._pass is not None and self._pass.loads_sent > 0)
+            self._lane.rest()
+        worker = self._crew.take(again=begin.again) if self._rank in begin.ranks else None
         self._pass_number = begin.pass_
-        self._pass_worker = worker.channel if worker else None
         self._pass = self._make_pass(
             self._plan,
             self._lane,
             self._regions,
-            self._pass_worker,
-            worker.hello.plans if worker else (),
+            worker.channel if worker else None,
+            self._crew.known(worker, self._plan.digest) if worker else (),
             self._settings.timeout,
             self._deadline,
             self._progress if begin.pass_ == 1 else None,
@@ -250,19 +255,21 @@ class UpdateRun:
             error = PassError("update", f"{type(e).__name__}: {e}")
         self._put(PassEnded(stats, error))
 
+    def _pass_over(self, stats: dict[str, m.StageStats]) -> None:
+        heard = self._pass.heard if self._pass is not None else Heard()
+        self._crew.heard(heard, stats)
+        crew = self._crew
+        done = m.PassDone(self._number, self._pass_number, crew.stats, heard.again, crew.ways, crew.notes)
+        self._links.send(LEADER, done)
+
     def _commit(self) -> None:
-        if (worker := self._pass_worker) is not None:
-            try:
-                worker.send(m.Commit(self._version), seconds=self._settings.connect_timeout)
-                answer = worker.receive(seconds=self._settings.connect_timeout, waiting_for="the commit to be acknowledged")
-                if not isinstance(answer, m.Committed):
-                    raise ProtocolError(f"the worker answered Commit with {type(answer).__name__}")
-            except CheckpointEngineError as e:
-                self._dirty = True
-                raise self._fail("commit", str(e)) from e
-            worker.close()
+        try:
+            self._crew.commit(self._version, self._settings.connect_timeout)
+        except CheckpointEngineError as e:
+            self._dirty = True
+            raise self._fail("commit", str(e)) from e
         self._lane.rest()
-        self._pass = self._pass_worker = None
+        self._pass, self._loaded_before = None, False
         self._links.send(LEADER, m.Settled(self._number, self._pass_number))
 
     # --- failure -------------------------------------------------------------------------------------------------------
@@ -282,17 +289,8 @@ class UpdateRun:
         if self._pass is not None:
             self._pass.stop()
         text = str(UpdateError(rank=failure.rank, host=failure.host, stage=failure.stage, reason=failure.reason))
-        self._dismiss(text)
-        self._dirty = self._dirty or (self._pass is not None and self._pass.loads_sent > 0)
+        self._crew.dismiss(text, self._pass_thread, LEVEL_SECONDS)
+        self._dirty = self._dirty or self._loaded_before or (self._pass is not None and self._pass.loads_sent > 0)
         if self._pass_thread is not None and self._pass_thread.is_alive():
             self._lane.abandon()
         level(self._inbox, self._links, self._lane, self._plan, self._dirty, text)
-
-    def _dismiss(self, reason: str) -> None:
-        channels = [w.channel for w in self._workers] + ([self._pass_worker] if self._pass_worker else [])
-        for channel in channels:
-            dismiss(channel, reason)
-        if self._pass_thread is not None:
-            self._pass_thread.join(LEVEL_SECONDS)
-        for channel in channels:
-            channel.close()

@@ -24,12 +24,13 @@ from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.gather import Gatherer
 from checkpoint_engine.server.keeper import Keeper
 from checkpoint_engine.server.lane import Lane
-from checkpoint_engine.server.mapped import MappedPass, OpenRegions, describe
+from checkpoint_engine.server.mapped import MappedPass, describe
 from checkpoint_engine.server.neighbours import meet_neighbours
 from checkpoint_engine.server.offer import Offer, exchange_offers
 from checkpoint_engine.server.pipeline import Pass
-from checkpoint_engine.server.report import StageReport, UpdateReport, slowest
-from checkpoint_engine.server.update import CAUSE_SECONDS, RequestFunction, UpdateRun
+from checkpoint_engine.server.pull import AheadPass, Puller
+from checkpoint_engine.server.report import UpdateReport, method_name
+from checkpoint_engine.server.update import CAUSE_SECONDS, RequestFunction, UpdateRun, make_report
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.descriptors import SharedDescriptor, whereabouts
 from checkpoint_engine.transport.links import LEFT, Inbox
@@ -40,8 +41,8 @@ log = logging.getLogger(__name__)
 PAGE = 4096
 
 
-class _Prepared(NamedTuple):
-    """shared: the regions as other ranks may open them; None: they may not."""
+class Prepared(NamedTuple):
+    """What an update needs of this rank. shared: the regions as other ranks may open them; None: they may not."""
 
     manifest: Manifest
     plan: Plan
@@ -55,6 +56,8 @@ class Updater:
     def __init__(self, fleet: Fleet, device: Device, keeper: Keeper, gatherer: Gatherer, registry: Registry) -> None:
         self._fleet, self._device, self._keeper = fleet, device, keeper
         self._gatherer, self._registry = gatherer, registry
+        self._puller = Puller(device)
+        self._make_pass: Callable[..., Pass] = Pass
 
     def update(
         self,
@@ -79,8 +82,8 @@ class Updater:
             if isinstance(prepared, Exception):
                 raise prepared
             plan = prepared.plan
-            mapped = self._map_regions(stack, offers, prepared.manifest, settings)
-            lane = stack.enter_context(self._empty_lane()) if mapped else self._join(stack, number, offers, plan, settings)
+            method, opened = self._puller.open(stack, links, offers, plan, prepared.manifest, settings.join_timeout)
+            lane = stack.enter_context(self._empty_lane()) if method.pull else self._join(stack, number, offers, plan, settings)
             run = UpdateRun(
                 inbox,
                 offers[0].version,
@@ -90,18 +93,16 @@ class Updater:
                 links,
                 [offer.host for offer in offers],
                 settings,
-                partial(MappedPass, mapped) if mapped else Pass,
+                partial(MappedPass if method.pull else AheadPass, opened) if opened else self._make_pass,
                 self._device.uuid if self._device.kind != "cpu" else None,
                 progress,
             )
             outcome = run.run(req_func, [(o.device, o.handle) for o in offers])
         self._keeper.proven = lane.method == "copies"
         self._give_back(name, settings)
-        ranks = tuple({k: StageReport(s.nbytes, s.seconds) for k, s in stats.items()} for stats in outcome.stats)
-        seconds = time.perf_counter() - start
-        report = UpdateReport(
-            offers[0].version, "mapped" if mapped else lane.method, plan.nbytes, seconds, outcome.passes, slowest(ranks), ranks
-        )
+        self._puller.settle(offers, plan, outcome.reads, mapped=opened is not None)
+        name_of_method = method_name(lane.method, outcome.ways, mapped=method.pull)
+        report = make_report(offers[0].version, name_of_method, plan.nbytes, time.perf_counter() - start, outcome)
         log.info("rank %d: %s", self._fleet.rank, report)
         return report
 
@@ -157,7 +158,7 @@ class Updater:
         if settings.free_after_update:
             self._keeper.free()
 
-    def _prepare(self, stack: contextlib.ExitStack, name: str, settings: Settings) -> _Prepared | Exception:
+    def _prepare(self, stack: contextlib.ExitStack, name: str, settings: Settings) -> Prepared | Exception:
         """Everything on this rank that can fail before the others need to know; a failure travels in the offer."""
         try:
             manifest, plan = self._gatherer.plan(name)
@@ -168,40 +169,24 @@ class Updater:
                 if checkpoint.metas() != mine:
                     raise AgreementError(f"checkpoint {name!r} was registered anew after gather_metas: gather again")
                 regions = checkpoint.regions
-            shared = describe(regions) if settings.map_regions and self._device.kind == "cpu" else None
-            if shared is None:  # else there may be no need of a lane
+            shared = describe(regions) if self._puller.shares(settings) else None
+            if shared is None or not self._puller.likely(settings):  # else there may be no need of a lane
                 self._keeper.prepare(plan)
             self._keeper.mend()
-            return _Prepared(manifest, plan, regions, shared)
+            return Prepared(manifest, plan, regions, shared)
         except Exception as e:  # of any kind: the others must not wait for this rank
             if self._fleet.world_size == 1:
                 raise
             return e
 
-    def _offer(self, prepared: _Prepared | Exception, name: str, version: str | None, handle: str, settings: Settings) -> Offer:
+    def _offer(self, prepared: Prepared | Exception, name: str, version: str | None, handle: str, settings: Settings) -> Offer:
         host = socket.gethostname()
         offer = Offer(
             name, "", version or "", self._device.uuid, handle, self._keeper.generation, host, whereabouts(), settings.peer_copies
         )
         if isinstance(prepared, Exception):
             return msgspec.structs.replace(offer, error=f"{type(prepared).__name__}: {prepared}")
-        return msgspec.structs.replace(
-            offer,
-            plan=prepared.plan.digest,
-            version=version or prepared.manifest.version,
-            regions=prepared.shared,
+        offer = msgspec.structs.replace(
+            offer, plan=prepared.plan.digest, version=version or prepared.manifest.version, regions=prepared.shared
         )
-
-    def _map_regions(
-        self, stack: contextlib.ExitStack, offers: list[Offer], manifest: Manifest, settings: Settings
-    ) -> OpenRegions | None:
-        """All ranks' regions, if every rank can open them; all ranks come to the same answer."""
-        if len({offer.where for offer in offers}) > 1 or any(offer.regions is None for offer in offers):
-            return None
-        opened: OpenRegions | None = None
-        try:
-            opened = stack.enter_context(OpenRegions([r for offer in offers for r in offer.regions or ()], manifest))
-        except OSError as e:
-            log.info("rank %d cannot map the other ranks' memory, so all broadcast: %s", self._fleet.rank, e)
-        answers = self._fleet.links.exchange("mapping", b"" if opened is None else b"1", settings.join_timeout)
-        return opened if all(answers) else None
+        return self._puller.offer(offer, settings)

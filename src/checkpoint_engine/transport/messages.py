@@ -7,7 +7,7 @@ import msgspec
 from checkpoint_engine.devices.base import SharedHandle
 from checkpoint_engine.planning.plan import Item
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised by one whenever a message changes its meaning; both ends come from the installed package."""
 
 
@@ -37,10 +37,29 @@ class Loaded(Message, frozen=True):
     inside: float
 
 
+class Spent(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker tells of one stream. seconds: at work, by stage: "worker" (all that its Python did, waiting left out), and of
+    it "record", "prove" or "replay". notes: for people, about its load plan."""
+
+    seconds: dict[str, float] = {}
+    notes: tuple[str, ...] = ()
+
+
+class Again(Message, frozen=True):
+    """All buckets are loaded and the memories unmapped, but I need the stream once more before I can be ready."""
+
+    spent: Spent = Spent()
+
+
 class Ready(Message, frozen=True):
-    """Everything is loaded, the ring unmapped and the post-hook done; `seconds` inside it."""
+    """Everything is loaded, the ring unmapped and the post-hook done; `seconds` inside it. way: how the last stream was loaded,
+    "loader", "proved" or "replayed". pull: bytes that a replay of this checkpoint reads on this rank; -1: there is no
+    plan for it, or this worker cannot read the servers' memory."""
 
     seconds: float
+    spent: Spent = Spent()
+    way: str = "loader"
+    pull: int = -1
 
 
 class Committed(Message, frozen=True):
@@ -69,12 +88,13 @@ class Table(Message, frozen=True):
 
 class Attach(Message, frozen=True):
     """Map these memories (descriptors travel beside the message): the ring, or all ranks' regions. `tables` is None when
-    Hello named the plan."""
+    Hello named the plan. ahead: all ranks' regions, which a later update is going to be pulled from; their descriptors follow."""
 
     rank: int
     memories: tuple[SharedHandle, ...]
     plan: str
     tables: tuple[Table, ...] | None
+    ahead: tuple[SharedHandle, ...] = ()
 
 
 class Load(Message, frozen=True):
@@ -99,7 +119,7 @@ class Abort(Message, frozen=True):
     reason: str
 
 
-FromWorker = Hello | Loaded | Ready | Committed | Failed
+FromWorker = Hello | Loaded | Again | Ready | Committed | Failed
 FromServer = Attach | Load | Release | Commit | Abort
 
 # --- server <-> server, over links ------------------------------------------------------------------------------------
@@ -149,11 +169,13 @@ class Returned(Message, frozen=True):
 
 
 class Begin(Message, frozen=True):
-    """Leader: start pass `pass_`; the workers of `ranks` take part, the others' ranks relay."""
+    """Leader: start pass `pass_`; the workers of `ranks` take part, the others' ranks relay. again: they are workers of the pass
+    before, which need its stream once more; that pass's other workers are ready."""
 
     update: int
     pass_: int
     ranks: tuple[int, ...]
+    again: bool = False
 
 
 class StageStats(msgspec.Struct, frozen=True):
@@ -164,11 +186,15 @@ class StageStats(msgspec.Struct, frozen=True):
 
 
 class PassDone(Message, frozen=True):
-    """This rank's worker is ready to commit pass `pass_` (or had none in it)."""
+    """This rank's worker is ready to commit pass `pass_` (or had none in it); again: it needs the stream once more first.
+    stats, ways, notes: of the whole update so far."""
 
     update: int
     pass_: int
     stats: dict[str, StageStats]
+    again: bool = False
+    ways: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class CommitPass(Message, frozen=True):
@@ -186,10 +212,12 @@ class Settled(Message, frozen=True):
 
 
 class End(Message, frozen=True):
-    """Leader: the update is over; all ranks' stage statistics, in rank order."""
+    """Leader: the update is over; all ranks' stage statistics, in rank order, how their workers loaded, and notes."""
 
     update: int
     stats: tuple[dict[str, StageStats], ...]
+    ways: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Failure(Message, frozen=True):

@@ -15,9 +15,11 @@ import zmq
 
 from checkpoint_engine.devices.base import Device, Event, Mapping, get_device
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, WorkerUpdateError
+from checkpoint_engine.loads.recordable import Recordable
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.messages import (
     Abort,
+    Again,
     Attach,
     Commit,
     Committed,
@@ -29,13 +31,14 @@ from checkpoint_engine.transport.messages import (
     Message,
     Ready,
     Release,
+    Spent,
     Table,
 )
 from checkpoint_engine.transport.session import ServerChannel, connect
+from checkpoint_engine.worker.recorded import Loads, LoadWeights
 from checkpoint_engine.worker.state import WeightsState, weights_state
 from checkpoint_engine.worker.views import Views
 
-LoadWeights = Callable[[list[tuple[str, torch.Tensor]]], None]
 Expected = TypeVar("Expected")
 KEPT_TABLES = 4
 
@@ -50,6 +53,7 @@ def update_weights_from_ipc(
     run: LoadWeights,
     post_hook: Callable[[], None] | None = None,
     state: WeightsState | None = None,
+    model: torch.nn.Module | Recordable | None = None,
 ) -> str:
     """Take one update from the server behind `zmq_handle` and return the version that is served from now on.
 
@@ -57,14 +61,19 @@ def update_weights_from_ipc(
                only during the call. What it queues on a device must be on the current stream, or joined to it
     post_hook  called once after the last bucket, when the shared memory is unmapped again
     state      where version and dirty are kept; None: one per device of this process (`weights_state`)
+    model      what `run` writes into, if nothing but that and `post_hook` makes the weights what they are. Then its copies are
+               recorded at the first update, proved with the same checkpoint at once (`run` may get it up to two times more), and
+               from the next update on made without `run`, which gets only what is not a mere copy (docs/recorded-loads.md)
     zmq_ctx    accepted for the contract's sake and not used (docs/decisions.md)
 
     Raises WorkerUpdateError when the update failed here or on any other rank; its `dirty` says whether the weights are a
     mixture now. Nothing is committed then, and the next complete update heals it.
     """
     settings = Settings.from_environment()
-    session = _Session(device_id, run, post_hook, state or weights_state(device_id), settings)
-    with session.connect(zmq_handle) as session.channel, _no_collection():
+    if isinstance(model, torch.nn.Module):
+        model = Recordable(model)
+    session = _Session(device_id, run, post_hook, state or weights_state(device_id), settings, model)
+    with session.connect(zmq_handle) as session.channel, _no_collection(), contextlib.closing(session.loads):
         return session.receive()
 
 
@@ -91,12 +100,22 @@ class _Session:
     channel: ServerChannel
 
     def __init__(
-        self, device_id: int, run: LoadWeights, post_hook: Callable[[], None] | None, state: WeightsState, settings: Settings
+        self,
+        device_id: int,
+        run: LoadWeights,
+        post_hook: Callable[[], None] | None,
+        state: WeightsState,
+        settings: Settings,
+        model: Recordable | None,
     ) -> None:
-        self.run, self.post_hook, self.state, self.settings = run, post_hook, state, settings
+        self.post_hook, self.state, self.settings = post_hook, state, settings
+        self._index = device_id
         self.device: Device = get_device(settings.device, device_id)
         self.device.bind_thread()
+        recorded = settings.recorded_loads == "on" or (settings.recorded_loads == "auto" and self.device.kind == "cpu")
+        self.loads = Loads(run, model if recorded else None, self.device)
         self.soiled = False
+        self._busy = 0.0
         self._queued: collections.deque[tuple[Loaded, Event]] = collections.deque()
 
     def connect(self, handle: str) -> ServerChannel:
@@ -109,10 +128,12 @@ class _Session:
         try:
             version, dirty = self.state.read()
             self._send(Hello(os.getpid(), self.device.uuid, version, dirty, tuple(_tables)))
-            self._load_all()
+            while self._load_all():
+                self._send(Again(self._spent()))
             self._finish()
             return self._commit()
         except _Failure as e:
+            self.loads.failed()
             # The server may have gone first; then it knows already.
             with contextlib.suppress(CheckpointEngineError):
                 self._send(Failed(e.stage, e.bucket, e.reason, self.soiled))
@@ -121,23 +142,51 @@ class _Session:
         except CheckpointEngineError as e:
             raise WorkerUpdateError(str(e), dirty=self.state.dirty) from e
 
-    def _load_all(self) -> None:
+    def _load_all(self) -> bool:
+        """One stream. Whether it is needed once more."""
         attach = self._next("Attach", Attach)
+        start = time.perf_counter()
         tables = _remember(attach)
         with contextlib.ExitStack() as mapped:
             try:
-                views = Views([mapped.enter_context(m).tensor for m in self._map(attach)])
+                views = self._views([mapped.enter_context(m).tensor for m in self._map(attach)])
+                self.loads.begin(attach.plan, tables)
             except Exception as e:
                 raise _Failure("attach", -1, e) from e
+            self._busy += time.perf_counter() - start
             while isinstance(message := self._next_bucket(), Load):
                 if not 0 <= message.bucket < len(tables):
                     raise ProtocolError(f"the server sent bucket {message.bucket} of {len(tables)}")
                 self._load(message.bucket, tables[message.bucket], views)
             while self._queued:
                 self._report(self.settings.timeout)
+        return self._end_stream()
+
+    def _end_stream(self) -> bool:
+        start = time.perf_counter()
+        try:
+            return self.loads.end()
+        except Exception as e:
+            raise _Failure("load", -1, e) from e
+        finally:
+            self._busy += time.perf_counter() - start
+
+    def _soil(self) -> None:
+        self.state.soil()
+        self.soiled = True
+
+    def _views(self, memories: list[torch.Tensor]) -> Views:
+        elsewhere = self.device.kind == "cuda" and any(memory.device.type == "cpu" for memory in memories)
+        return Views(memories, torch.device("cuda", self._index) if elsewhere else None)
 
     def _map(self, attach: Attach) -> Iterator[Mapping]:
-        descriptors = collections.deque(self.channel.take_descriptors())
+        taken = self.channel.take_descriptors()
+        later = len(taken) - len(attach.ahead)
+        if later < 0:
+            raise ProtocolError("the server sent fewer descriptors than memories")
+        if attach.ahead or all(handle.kind != "region" for handle in attach.memories):
+            self.device.map_ahead(attach.ahead, taken[later:])
+        descriptors = collections.deque(taken[:later])
         for handle in attach.memories:
             needs = handle.kind != "cuda_ipc"
             if needs and not descriptors:
@@ -156,13 +205,11 @@ class _Session:
     def _load(self, bucket: int, table: Table, views: Views) -> None:
         start = time.perf_counter()
         try:
-            weights = views.of(table)
-            self.state.soil()
-            self.soiled = True
-            begun = time.perf_counter()
-            self.run(weights)
-            now = time.perf_counter()
-            self._queued.append((Loaded(bucket, now - start, now - begun), self.device.mark()))
+            self._soil()
+            inside = self.loads.load(bucket, table, views)
+            seconds = time.perf_counter() - start
+            self._busy += seconds
+            self._queued.append((Loaded(bucket, seconds, inside), self.device.mark()))
         except Exception as e:
             raise _Failure("load", bucket, e) from e
 
@@ -193,16 +240,29 @@ class _Session:
             self.device.synchronize()
         except Exception as e:
             raise _Failure("post_hook", -1, e) from e
-        self._send(Ready(time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        self._busy += seconds
+        reads = self.loads.reads if self.device.reads_regions else -1
+        self._send(Ready(seconds, self._spent(), self.loads.way.value, reads))
+
+    def _spent(self) -> Spent:
+        """Since the last time that it was told."""
+        loads = self.loads
+        spent = Spent({"worker": self._busy, **loads.spent}, tuple(loads.notes))
+        self._busy = 0.0
+        loads.spent.clear()
+        loads.notes.clear()
+        return spent
 
     def _commit(self) -> str:
         commit = self._next("Commit", Commit)
+        self.loads.commit()
         self.state.commit(commit.version)
         with contextlib.suppress(CheckpointEngineError):  # committed is committed
             self._send(Committed())
         return commit.version
 
-    def _send(self, message: Hello | Loaded | Ready | Committed | Failed) -> None:
+    def _send(self, message: Hello | Loaded | Again | Ready | Committed | Failed) -> None:
         try:
             self.channel.send(message, seconds=self.settings.timeout)
         except PeerLostError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -17,24 +17,31 @@ class Views:
     One as_strided a tensor: checkpoints of experts have tens of thousands, and the engine waits for each.
     """
 
-    def __init__(self, memories: Sequence[torch.Tensor]) -> None:
-        self._memories = memories
+    def __init__(self, memories: Sequence[torch.Tensor], device: torch.device | None = None) -> None:
+        """device: where tensors must be; those of memories that are elsewhere (the servers' host memory) are copied there."""
+        self.memories = memories
+        self._device = device
         self._typed: dict[tuple[int, str], tuple[torch.Tensor, int]] = {}
 
-    def of(self, table: Table) -> list[tuple[str, torch.Tensor]]:
-        """[(name, tensor)] of one bucket. Raises RuntimeError or IndexError when the table does not fit the memories."""
-        return [(item.name, self._view(item, table.offset + item.offset)) for item in table.items]
+    def of(self, table: Table, names: Collection[str] | None = None) -> list[tuple[str, torch.Tensor]]:
+        """[(name, tensor)] of one bucket; names: only of these. Raises RuntimeError or IndexError when the table does not fit the
+        memories."""
+        items = table.items if names is None else [item for item in table.items if item.name in names]
+        views = [(item.name, self._view(item, table.offset + item.offset)) for item in items]
+        if self._device is None:
+            return views
+        return [(name, tensor.to(self._device, non_blocking=True)) for name, tensor in views]
 
     def _view(self, item: Item, place: int) -> torch.Tensor:
         typed, itemsize = self._typed.get((item.memory, item.dtype)) or self._of_dtype(item.memory, item.dtype)
         first, rest = divmod(place, itemsize)
         if rest:  # a file need not align its tensors
-            raw = self._memories[item.memory][place : place + item.nbytes]
+            raw = self.memories[item.memory][place : place + item.nbytes]
             return raw.clone().view(typed.dtype).view(item.shape)
         return typed.as_strided(item.shape, _contiguous(item.shape), first)
 
     def _of_dtype(self, memory: int, name: str) -> tuple[torch.Tensor, int]:
-        dtype, raw = getattr(torch, name), self._memories[memory]
+        dtype, raw = getattr(torch, name), self.memories[memory]
         whole = raw.numel() // dtype.itemsize * dtype.itemsize
         self._typed[memory, name] = raw[:whole].view(dtype), dtype.itemsize
         return self._typed[memory, name]

@@ -63,7 +63,8 @@ class VllmColocateWorkerExtension:
         configured = import_module("vllm.config").set_current_vllm_config
         with configured(self.vllm_config), torch.no_grad():
             try:
-                update_weights_from_ipc(None, handle, index, run=models.load, post_hook=models.finish, state=state)
+                options: dict[str, Any] = {"run": models.load, "post_hook": models.finish, "model": models.recordable}
+                update_weights_from_ipc(None, handle, index, state=state, **options)
             except BaseException:
                 models.abort()
                 raise

@@ -7,7 +7,7 @@ as `draft.` + their name, and only those.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from checkpoint_engine.errors import TensorError
+from checkpoint_engine.loads.recordable import Recordable
 from checkpoint_engine.worker.vllm_reload import MissingWeightsError, Reload
 
 DRAFT = "draft."
@@ -31,6 +32,7 @@ class Models:
         target, draft = worker.model_runner.get_model(), draft_of(worker.model_runner)
         speculative = getattr(worker.vllm_config, "speculative_config", None)
         config = getattr(speculative, "draft_model_config", None)
+        self._module, self._alone = target, draft is None
         self._target = Reload(target, worker.model_config)
         self._draft = Reload(draft, config, other=target) if draft is not None and config is not None else None
         self._together = config is not None and config.model == worker.model_config.model
@@ -48,10 +50,22 @@ class Models:
             if self._draft is not None and (drafts or (own and self._together)):
                 self._load(self._draft, [*(own if self._together else []), *drafts])
 
-    def _load(self, model: Reload, weights: Weights) -> None:
+    @property
+    def recordable(self) -> Recordable | None:
+        """The model, if loads into it may be recorded: it has no draft, and post-processing changes none of its layers."""
+        return Recordable(self._module, replaying=self._replaying) if self._alone and self._target.bare else None
+
+    def _replaying(self, names: Sequence[str]) -> None:
+        self._begin(self._target)
+        self._target.replaying(names)
+
+    def _begin(self, model: Reload) -> None:
         if model not in self._begun:
             self._begun.append(model)
             model.begin()
+
+    def _load(self, model: Reload, weights: Weights) -> None:
+        self._begin(model)
         model.load(weights)
 
     def finish(self) -> None:

@@ -50,6 +50,7 @@ class Reload:
         self._expected: set[str] = set()
         self._loaded: set[str] | None = set()
         self._sent: set[str] = set()
+        self._replayed: set[str] = set()
         self._held = Held()
         self.ways: Counter[str] = Counter()
 
@@ -108,6 +109,16 @@ class Reload:
             self._loaded.update(loaded)
 
     @property
+    def bare(self) -> bool:
+        """Whether what its loaders write is what serves, in all layers: then their copies can be made without them."""
+        layers = [layer for layer in self._model.modules() if own_tensors(layer) or is_attention(layer)]
+        return all(choose_way(facts(layer))[0] is Way.BARE and not has_scales(layer) for layer in layers)
+
+    def replaying(self, names: Iterable[str]) -> None:
+        """Tensors that are put in place without `load`."""
+        self._replayed.update(names)
+
+    @property
     def touched(self) -> bool:
         """Whether anything was loaded that is not another model's."""
         loaded = bool(self._loaded and self._loaded & self._expected)
@@ -128,10 +139,12 @@ class Reload:
                 module.process_weights_after_loading(self._config.dtype)  # type: ignore[operator]
         for layer in self._staged:
             _calls[layer.layer] = layer.calls
-        _names[self._model] = frozenset(self._sent)
+        _names[self._model] = frozenset(self._sent | self._replayed)
         self._stop_watching()
 
     def _check_complete(self) -> None:
+        if not self._replayed <= self._sent:
+            return  # the checkpoint of a load plan, whose completeness was checked when it was proved
         missing = [name for layer in self._staged for name in layer.missing]
         missing += [name for layer in self._watched for name in layer.parts.missing]
         if self._loaded is not None:

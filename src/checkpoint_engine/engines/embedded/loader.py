@@ -73,6 +73,17 @@ class LoadPass:
         self._sources: dict[str, str] = {}
         self.began = False
 
+    def begin(self) -> None:
+        """The checkpoint comes from its first tensor on, perhaps once more."""
+        self._sources.clear()
+
+    def replaying(self, names: Iterable[str]) -> None:
+        """Tensors that are put in place without `load`, as `load` did it before."""
+        for name in names:
+            if (target := self._targets.resolve(name)) is not None:
+                self.began = True
+                self._sources[target] = name
+
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy these tensors into the model. All are checked before the first is written.
 

@@ -23,17 +23,23 @@ from checkpoint_engine.errors import (
     SettingsError,
     UpdateInProgressError,
 )
+from checkpoint_engine.loads.recordable import Recordable
 
 _PROBE_SECONDS = 2.0
 T = TypeVar("T")
 
 
 class Receive(Protocol):
-    """The worker's side of a session: calls `run` for each bucket and `post_hook` after the last; returns the version that
-    was committed, or raises."""
+    """The worker's side of a session: calls `run` for each bucket, or replays what it learned of it, and `post_hook` after the
+    last; returns the version that was committed, or raises."""
 
     def __call__(
-        self, handle: str, *, run: Callable[[list[tuple[str, torch.Tensor]]], None], post_hook: Callable[[], None]
+        self,
+        handle: str,
+        *,
+        run: Callable[[list[tuple[str, torch.Tensor]]], None],
+        post_hook: Callable[[], None],
+        model: Recordable,
     ) -> str: ...
 
 
@@ -197,8 +203,14 @@ class EmbeddedEngine:
                     self._loading = True
                     load.load(tensors)
 
+                def replaying(names: Sequence[str]) -> None:
+                    hold.take()
+                    self._loading = True
+                    load.replaying(names)
+
+                model = Recordable(self.model.module, begins=load.begin, replaying=replaying)
                 try:
-                    version = self._receive(handle, run=run, post_hook=load.finish)
+                    version = self._receive(handle, run=run, post_hook=load.finish, model=model)
                     self._served = Served(version)
                 except BaseException as e:
                     if load.began:

@@ -1,0 +1,75 @@
+"""This rank's workers in one update: those that wait, the one of the pass that runs, and what they have told."""
+
+from __future__ import annotations
+
+import collections
+import threading
+
+from checkpoint_engine.errors import ProtocolError
+from checkpoint_engine.server.events import WorkerCame
+from checkpoint_engine.server.heard import Heard
+from checkpoint_engine.server.report import merge
+from checkpoint_engine.transport import messages as m
+from checkpoint_engine.transport.session import WorkerChannel, dismiss
+
+
+class Crew:
+    """asked: how many came. reads: bytes that they would pull in the next update of the same plan; -1: one of them cannot.
+    stats, ways, notes: of the whole update."""
+
+    def __init__(self) -> None:
+        self._waiting: collections.deque[WorkerCame] = collections.deque()
+        self._current: WorkerCame | None = None
+        self._streamed = False
+        self.asked = 0
+        self.reads = 0
+        self.stats: dict[str, m.StageStats] = {}
+        self.ways: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()
+
+    def came(self, worker: WorkerCame) -> None:
+        self._waiting.append(worker)
+        self.asked += 1
+
+    def take(self, *, again: bool) -> WorkerCame:
+        """The worker of the pass that begins; again: the one of the pass before, as it asked. Raises ProtocolError when there is
+        none."""
+        if again:
+            self._streamed = True
+        elif self._waiting:
+            self._current, self._streamed = self._waiting.popleft(), False
+        if self._current is None:
+            raise ProtocolError("a pass began without this rank's worker")
+        return self._current
+
+    def known(self, worker: WorkerCame, plan: str) -> tuple[str, ...]:
+        """Digests of the tables that it has; plan: the update's."""
+        return (*worker.hello.plans, plan, f"mapped-{plan}") if self._streamed else worker.hello.plans
+
+    def heard(self, heard: Heard, stats: dict[str, m.StageStats]) -> None:
+        """Its stream is over."""
+        self.stats = merge(self.stats, stats)
+        self.notes += heard.notes
+        if heard.way:
+            self.ways = tuple(dict.fromkeys((*self.ways, heard.way)))
+            self.reads = self.reads + heard.reads if min(self.reads, heard.reads) >= 0 else -1
+
+    def commit(self, version: str, seconds: float) -> None:
+        """Have the worker serve `version`; then it is none of the crew's. Raises PeerLostError, DeadlineError, ProtocolError."""
+        if (worker := self._current) is not None:
+            worker.channel.send(m.Commit(version), seconds=seconds)
+            answer = worker.channel.receive(seconds=seconds, waiting_for="the commit to be acknowledged")
+            if not isinstance(answer, m.Committed):
+                raise ProtocolError(f"the worker answered Commit with {type(answer).__name__}")
+            worker.channel.close()
+        self._current = None
+
+    def dismiss(self, reason: str, running: threading.Thread | None, seconds: float) -> None:
+        """Send all off, and wait for the pass that runs to notice."""
+        channels: list[WorkerChannel] = [w.channel for w in (*self._waiting, *filter(None, [self._current]))]
+        for channel in channels:
+            dismiss(channel, reason)
+        if running is not None:
+            running.join(seconds)
+        for channel in channels:
+            channel.close()

@@ -1,0 +1,40 @@
+"""What a worker tells of one stream."""
+
+from __future__ import annotations
+
+from checkpoint_engine.transport.messages import Again, Loaded, Ready, Spent, StageStats
+
+
+class Heard:
+    """again: it needs the stream once more. way, reads: as in Ready; way "": it is not ready. notes: of its load plan."""
+
+    def __init__(self) -> None:
+        self._load = self._engine = self._hook = 0.0
+        self._spent: dict[str, float] = {}
+        self.again = False
+        self.way = ""
+        self.reads = -1
+        self.notes: tuple[str, ...] = ()
+
+    def loaded(self, message: Loaded) -> None:
+        self._load += message.seconds
+        self._engine += message.inside
+
+    def ended(self, message: Ready | Again) -> None:
+        self._tell(message.spent)
+        if isinstance(message, Again):
+            self.again = True
+        else:
+            self._hook, self.way, self.reads = message.seconds, message.way, message.pull
+
+    def _tell(self, spent: Spent) -> None:
+        self._spent, self.notes = spent.seconds, spent.notes
+
+    def stats(self, nbytes: int) -> dict[str, StageStats]:
+        """nbytes: of the stream's tensors."""
+        return {
+            "load": StageStats(nbytes, self._load),
+            "load_weights": StageStats(nbytes, self._engine),
+            "post_hook": StageStats(0, self._hook),
+            **{stage: StageStats(0, seconds) for stage, seconds in self._spent.items()},
+        }

@@ -1,0 +1,95 @@
+"""Load plans that this process keeps for the models of its engine."""
+
+from __future__ import annotations
+
+import collections
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from checkpoint_engine.loads.model import Model
+from checkpoint_engine.loads.moves import Source
+from checkpoint_engine.loads.plan import LoadPlan
+from checkpoint_engine.loads.replay import Prepared, Replayer
+from checkpoint_engine.transport.messages import Table
+
+KEPT_PLANS = 4
+"""Checkpoints (by the tensors' names, shapes and buckets) that are remembered of one model."""
+KEPT_LAYOUTS = 2
+"""Of a plan: places where a checkpoint's tensors have lain (the ring, regions). On a GPU each takes 8 bytes for every 16 KiB."""
+
+
+class PreparedBucket(NamedTuple):
+    """names: of its tensors that are replayed, `rest` of those that the loader must get."""
+
+    prepared: Prepared
+    names: tuple[str, ...]
+    rest: frozenset[str]
+
+
+class Runnable:
+    """A plan on the model it was recorded on, and what was worked out for each layout of its checkpoint.
+
+    It does not keep the model's memory: use it while the model has the fingerprint that it was recorded with.
+    """
+
+    def __init__(self, plan: LoadPlan, model: Model) -> None:
+        """Raises LoadPlanError."""
+        self.plan = plan
+        self._replayer = Replayer(plan, model.unheld())
+        self._layouts: collections.OrderedDict[str, tuple[PreparedBucket, ...]] = collections.OrderedDict()
+
+    def buckets(self, layout: str, tables: Sequence[Table]) -> tuple[PreparedBucket, ...]:
+        """layout: what `tables` are kept under. Raises LoadPlanError, and ImportError where a device needs Triton."""
+        if layout not in self._layouts:
+            self._layouts[layout] = tuple(self._prepare(table) for table in tables)
+            while len(self._layouts) > KEPT_LAYOUTS:
+                self._layouts.popitem(last=False)
+        return self._layouts[layout]
+
+    def _prepare(self, table: Table) -> PreparedBucket:
+        prepared = self._replayer.prepare(Source(i.name, i.memory, table.offset + i.offset) for i in table.items)
+        rest = frozenset(prepared.rest)
+        return PreparedBucket(prepared, tuple(i.name for i in table.items if i.name not in rest), rest)
+
+    def reads(self, tables: Sequence[Table]) -> int:
+        """Bytes that a pass reads of the servers' memory: what is replayed, and all of each tensor that the loader gets."""
+        left = {tensor.name for tensor in self.plan.loader}
+        return self.plan.nbytes + sum(item.nbytes for table in tables for item in table.items if item.name in left)
+
+
+class Kept(NamedTuple):
+    """What is known of a model (its fingerprint) and a checkpoint: a proved plan, or why there is none."""
+
+    model: str
+    plan: Runnable | None
+    reason: str = ""
+
+
+_kept: weakref.WeakKeyDictionary[torch.nn.Module, collections.OrderedDict[str, Kept]] = weakref.WeakKeyDictionary()
+
+
+def lookup(module: torch.nn.Module, model: str, checkpoint: str) -> Kept | None:
+    """What is kept for these fingerprints. If the model's is another one now, nothing of `module` is kept any longer."""
+    plans = _kept.get(module)
+    if plans is None or (found := plans.get(checkpoint)) is None:
+        return None
+    if found.model != model:
+        del _kept[module]
+        return None
+    plans.move_to_end(checkpoint)
+    return found
+
+
+def keep(module: torch.nn.Module, checkpoint: str, kept: Kept) -> None:
+    plans = _kept.setdefault(module, collections.OrderedDict())
+    plans[checkpoint] = kept
+    while len(plans) > KEPT_PLANS:
+        plans.popitem(last=False)
+
+
+def drop(module: torch.nn.Module, checkpoint: str) -> None:
+    """Forget it, if it is there: the next update records anew."""
+    _kept.get(module, collections.OrderedDict()).pop(checkpoint, None)

@@ -1,0 +1,236 @@
+"""How one update is loaded into a model: by the engine's loader, recorded, or by a load plan (docs/recorded-loads.md)."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import enum
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from checkpoint_engine.devices.base import Device
+from checkpoint_engine.errors import CheckpointEngineError
+from checkpoint_engine.loads.plan import LoadPlan, checkpoint_fingerprint
+from checkpoint_engine.loads.proof import Proof
+from checkpoint_engine.loads.recordable import Recordable
+from checkpoint_engine.loads.recorder import Recorder
+from checkpoint_engine.transport.messages import Table
+from checkpoint_engine.worker.plans import Kept, PreparedBucket, Runnable, drop, keep, lookup
+from checkpoint_engine.worker.views import Views
+
+log = logging.getLogger(__name__)
+LoadWeights = Callable[[list[tuple[str, torch.Tensor]]], None]
+KEPT_FINGERPRINTS = 8
+_fingerprints: collections.OrderedDict[str, str] = collections.OrderedDict()  # by the digest of a plan's tables
+
+
+class Way(enum.Enum):
+    """How a stream is loaded. One that is recorded is never the last one of an update, unless no plan came of it (LOADER)."""
+
+    LOADER = "loader"
+    RECORD = "record"
+    PROVE = "proved"
+    REPLAY = "replayed"
+
+
+class Loads:
+    """The loads of one update. For each stream: begin, load every bucket, end; then commit, or failed.
+
+    way       of the last stream
+    spent     seconds by what was done beside and instead of loading: record, prove, replay
+    notes     for people: why a plan was not made, or not used
+    """
+
+    def __init__(self, run: LoadWeights, engine: Recordable | None, device: Device) -> None:
+        self._run, self._engine, self._device = run, engine, device
+        self.way = Way.LOADER
+        self.spent: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._checkpoint = ""
+        self._tables: tuple[Table, ...] = ()
+        self._layout = ""
+        self._recorder: Recorder | None = None
+        self._plan: Runnable | None = None
+        self._proof: Proof | None = None
+        self._buckets: tuple[PreparedBucket, ...] = ()
+        self._broken: str | None = None  # why the plan cannot go on: what comes is let pass, and comes again
+        self._over = False  # nothing but the loader in the rest of this update
+
+    # --- a stream ------------------------------------------------------------------------------------------------------
+
+    def begin(self, layout: str, tables: tuple[Table, ...]) -> None:
+        """A stream of these buckets begins. May change weights: what is to be proved is poisoned."""
+        self._layout, self._tables, self._broken = layout, tables, None
+        if (engine := self._engine) is None:
+            return
+        if engine.begins is not None:
+            engine.begins()
+        proving, self.way = self.way is Way.RECORD and not self._over, Way.LOADER
+        if self._over:
+            return
+        with self._never_failing("its load plan was not used"):
+            self._checkpoint = _fingerprint(layout, tables)
+            if proving:
+                self._begin_proof(engine)
+            else:
+                self._choose(engine)
+
+    def _choose(self, engine: Recordable) -> None:
+        start = time.perf_counter()
+        model = engine.model()
+        kept = lookup(engine.module, model.fingerprint, self._checkpoint)
+        if kept is None:
+            self._recorder = Recorder(model)
+            self.way = Way.RECORD
+            self._spend("record", start)
+        elif kept.plan is None:
+            self.notes.append(kept.reason)
+        else:
+            self._plan, self._buckets = kept.plan, kept.plan.buckets(self._layout, self._tables)
+            self.way = Way.REPLAY
+            self._spend("replay", start)
+
+    def _begin_proof(self, engine: Recordable) -> None:
+        if self._plan is None:
+            raise RuntimeError("there is no plan to prove")
+        start = time.perf_counter()
+        model = engine.model()
+        if (reason := self._plan.plan.stale(model.fingerprint, self._checkpoint)) is not None:
+            self._refuse(reason)
+            return
+        self._buckets = self._plan.buckets(self._layout, self._tables)
+        self._proof = Proof(self._plan.plan, model)
+        self.way = Way.PROVE  # from here on only a complete pass makes the model whole
+        self._proof.poison()
+        self._spend("prove", start)
+
+    def load(self, bucket: int, table: Table, views: Views) -> float:
+        """Load a bucket, or queue that. Returns the seconds of it inside the engine's `run`. Raises what `run` raises."""
+        if self._broken is not None:
+            return 0.0
+        if self.way in (Way.PROVE, Way.REPLAY):
+            return self._replay(self._buckets[bucket], table, views)
+        weights = views.of(table)
+        start = time.perf_counter()
+        if self._recorder is not None:
+            self._recorder.load(self._run, weights)
+            self._spend("record", start)
+        else:
+            self._run(weights)
+        return time.perf_counter() - start
+
+    def _replay(self, bucket: PreparedBucket, table: Table, views: Views) -> float:
+        start = time.perf_counter()
+        if bucket.names and self._engine is not None and self._engine.replaying is not None:
+            self._engine.replaying(bucket.names)
+        try:
+            bucket.prepared.replay(views.memories)
+        except Exception as e:  # of any kind: the loader can do without it
+            self._broken = f"a replay failed: {_said(e)}"
+        self._spend("replay" if self.way is Way.REPLAY else "prove", start)
+        if not bucket.rest or self._broken is not None:
+            return 0.0
+        weights = views.of(table, bucket.rest)
+        start = time.perf_counter()
+        self._run(weights)
+        return time.perf_counter() - start
+
+    def end(self) -> bool:
+        """All buckets are loaded. Whether the stream is needed once more before the update can be complete."""
+        if self._broken is None and self.way is Way.RECORD:
+            return self._end_recording()
+        if self._broken is None and self.way is Way.PROVE:
+            start = time.perf_counter()
+            with self._never_failing("its load plan could not be proved"):
+                self._device.synchronize()
+                if self._proof is not None and (differing := self._proof.differing()):
+                    self._broken = self._proof.summary(differing)
+            self._spend("prove", start)
+        if self._broken is None:
+            return False
+        self._refuse(self._broken)
+        self._over = True
+        return True
+
+    def _end_recording(self) -> bool:
+        start = time.perf_counter()
+        recorder, self._recorder = self._recorder, None
+        if recorder is None or self._engine is None:
+            return False
+        with recorder, self._never_failing("its loader cannot be recorded"):
+            self._device.synchronize()
+            model = self._engine.model()
+            plan: LoadPlan = recorder.finish(model, self._checkpoint)
+            if (useless := plan.useless()) is not None:
+                self._refuse(useless)
+            else:
+                self._plan = Runnable(plan, model)
+                self._plan.buckets(self._layout, self._tables)  # what this device lacks shows before anything is poisoned
+        self._spend("record", start)
+        self._over = self._plan is None
+        return not self._over
+
+    # --- the update ----------------------------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """The update is committed on all ranks: a plan that was proved in it is used from now on."""
+        if self.way is Way.PROVE and self._plan is not None and self._engine is not None:
+            self._proof = None
+            keep(self._engine.module, self._checkpoint, Kept(self._plan.plan.model, self._plan))
+
+    def failed(self) -> None:
+        """This worker failed: whatever it was, the next update does not depend on a plan of this one. (When another rank failed,
+        a proved plan stays: it does not depend on what bytes the model has.)"""
+        if self._engine is not None and self.way is not Way.LOADER:
+            drop(self._engine.module, self._checkpoint)
+
+    def close(self) -> None:
+        if self._recorder is not None:
+            self._recorder.__exit__(None, None, None)
+            self._recorder = None
+
+    @property
+    def reads(self) -> int:
+        """Bytes that the next replay of this checkpoint reads; -1: it would not be replayed."""
+        trusted = self.way in (Way.PROVE, Way.REPLAY) and self._plan is not None and self._broken is None
+        return self._plan.reads(self._tables) if trusted and self._plan is not None else -1
+
+    def _refuse(self, reason: str) -> None:
+        """Remember that this model and this checkpoint have no plan, and why; and go on with the loader."""
+        log.warning("checkpoint-engine: loads are not replayed: %s", reason)
+        self.notes.append(reason)
+        if self._engine is not None:
+            with contextlib.suppress(Exception):  # a model that cannot be looked at has no fingerprint either
+                keep(self._engine.module, self._checkpoint, Kept(self._engine.model().fingerprint, None, reason))
+        self.way = Way.LOADER
+        self._plan = self._proof = None
+
+    @contextlib.contextmanager
+    def _never_failing(self, what: str) -> Iterator[None]:
+        """Plans are there to save time. What goes wrong with one must not fail an update that the loader can do."""
+        try:
+            yield
+        except Exception as e:
+            self._recorder = None
+            if self.way is Way.PROVE:
+                self._broken = f"{what}: {_said(e)}"
+            else:
+                self._refuse(f"{what}: {_said(e)}")
+
+    def _spend(self, stage: str, start: float) -> None:
+        self.spent[stage] = self.spent.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, CheckpointEngineError) else f"{type(error).__name__}: {error}"
+
+
+def _fingerprint(layout: str, tables: Sequence[Table]) -> str:
+    if layout not in _fingerprints:
+        _fingerprints[layout] = checkpoint_fingerprint([[(i.name, i.dtype, i.shape) for i in t.items] for t in tables])
+        while len(_fingerprints) > KEPT_FINGERPRINTS:
+            _fingerprints.popitem(last=False)
+    return _fingerprints[layout]
