@@ -313,7 +313,7 @@ def _names(rank: int, world_size: int, crew: list[Worker]) -> list[str]:
         wrong(lambda: ps.register_checkpoint("c", named_tensors={"a": torch.ones(1)}))
         wrong(lambda: ps.update("c", lambda _: None))
         ps.gather_metas("c")
-        wrong(lambda: ps.update("c", lambda _: None, ranks=[0]))
+        wrong(lambda: ps.update("c", lambda _: None, ranks=[99]))
         ps.update("c", request(crew[rank], rank))
         assert crew[rank].state()[2] == digests(tensors(1))
     return said

@@ -35,6 +35,12 @@ class Settings:
                      cannot be); "auto": on one host whichever is predicted to be faster
     recorded_loads   in the engine's process: "on": where the engine names its model, learn what its loader copies, prove it,
                      and copy without the loader from then on; "off": never; "auto": on a CPU, until it has run on GPUs
+    peer_reads       let peers that have this world's metas read the checkpoints that it gathered, over TCP and with a token
+    peer_hosts       addresses of this host by which peers read, one for each network interface, separated by commas; empty: the
+                     one by which the other ranks reach it
+    peer_transport   by which this process reads peers: "auto" (shm on one host, else tcp), "tcp", "shm", "mooncake" or "nixl";
+                     the last two must be named on the source, too
+    peer_wait        for peers to end their reads when their checkpoint is unregistered
     free_after_update  give ring, staging and communicator back after each update
     socket_dir       directory of the sockets a worker connects to; workers must see the same path
     socket_dir_mode  its mode; loosen it only where engines run as other users
@@ -57,6 +63,10 @@ class Settings:
     map_regions: bool = True
     method: str = "auto"
     recorded_loads: str = "auto"
+    peer_reads: bool = True
+    peer_hosts: str = ""
+    peer_transport: str = "auto"
+    peer_wait: float = 30.0
     free_after_update: bool = False
     socket_dir: Path = dataclasses.field(default_factory=default_socket_dir)
     socket_dir_mode: int = 0o700
@@ -78,7 +88,7 @@ class Settings:
         for name, known in _CHOICES.items():
             if (chosen := getattr(self, name)) not in known:
                 raise SettingsError(f"{name} must be one of {', '.join(known)}, not {chosen!r}")
-        for name in ("timeout", "connect_timeout", "attach_timeout", "join_timeout", "io_threads"):
+        for name in ("timeout", "connect_timeout", "attach_timeout", "join_timeout", "peer_wait", "io_threads"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} must be positive, not {getattr(self, name)}")
 
@@ -107,6 +117,7 @@ class Settings:
 _CHOICES = {
     "method": ("auto", "broadcast", "pull"),
     "recorded_loads": ("auto", "on", "off"),
+    "peer_transport": ("auto", "tcp", "shm", "mooncake", "nixl"),
 }
 
 
@@ -132,6 +143,10 @@ VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "CHECKPOINT_ENGINE_MAP_REGIONS": ("map_regions", _flag),
     "CHECKPOINT_ENGINE_METHOD": ("method", str),
     "CHECKPOINT_ENGINE_RECORDED_LOADS": ("recorded_loads", str),
+    "CHECKPOINT_ENGINE_PEER_READS": ("peer_reads", _flag),
+    "CHECKPOINT_ENGINE_PEER_HOSTS": ("peer_hosts", str),
+    "CHECKPOINT_ENGINE_PEER_TRANSPORT": ("peer_transport", str),
+    "CHECKPOINT_ENGINE_PEER_WAIT": ("peer_wait", float),
     "CHECKPOINT_ENGINE_FREE_AFTER_UPDATE": ("free_after_update", _flag),
     "CHECKPOINT_ENGINE_SOCKET_DIR": ("socket_dir", Path),
     "CHECKPOINT_ENGINE_SOCKET_DIR_MODE": ("socket_dir_mode", lambda s: int(s, 8)),

@@ -55,6 +55,7 @@ COMMANDS = {
     "inspect": "checkpoint_engine.cli.inspect:inspect",
     "plan": "checkpoint_engine.cli.plan:plan",
     "update": "checkpoint_engine.cli.update:update",
+    "join": "checkpoint_engine.cli.join:join",
     "engine": "checkpoint_engine.cli.engine:engine",
     "probe": "checkpoint_engine.cli.probe:probe",
     "serve": "checkpoint_engine.cli.serve:serve",

@@ -73,7 +73,7 @@ def update(
     files = [str(file) for file in checkpoint_files(checkpoint)]
     with ExitStack() as stack:
         engines = [stack.enter_context(get_engine(engine, url, path, token)) for url, path in sockets(endpoint, uds)]
-        with _notes(rank):
+        with notes(rank):
             report = _update(console, name or checkpoint.resolve().name, files, engines, policy, weight_version, timeout)
     if rank == 0:
         if json_output:
@@ -83,7 +83,7 @@ def update(
 
 
 @contextmanager
-def _notes(rank: int) -> Iterator[None]:
+def notes(rank: int) -> Iterator[None]:
     """Prints the notes of an error: what is left to do. Another rank's engine is that rank's to speak of."""
     try:
         yield

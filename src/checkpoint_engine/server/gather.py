@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import msgspec
 
@@ -16,13 +17,16 @@ from checkpoint_engine.planning.cost import CPU, H200, H200_HOST
 from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.planning.sizes import Sizes, default_sizes, preferred_bucket
 from checkpoint_engine.server.fleet import Fleet
+from checkpoint_engine.server.sources import Metas
 from checkpoint_engine.settings import Settings
+from checkpoint_engine.transport.peer.base import PeerOffer
 
 KEPT_PLANS = 8
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
-    """What each rank brings first. manifest: digest of its own; last: digest of the whole manifest it gathered last."""
+    """What each rank brings first. manifest: digest of its own; last: digest of the whole manifest it gathered last. offer: by
+    which peers read it."""
 
     checkpoint: str
     manifest: str
@@ -31,6 +35,30 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     mem_fraction: float
     bucket_bytes: int | None
     ring_bytes: int | None
+    offer: PeerOffer | None = None
+
+
+def agreed_sizes(device: str, parts: Sequence[Part]) -> Sizes:
+    """For all ranks alike. device: its kind."""
+    return default_sizes(
+        device,
+        len(parts),
+        min(p.free_bytes for p in parts),
+        min(p.mem_fraction for p in parts),
+        min((p.bucket_bytes for p in parts if p.bucket_bytes), default=None),
+        min((p.ring_bytes for p in parts if p.ring_bytes), default=None),
+    )
+
+
+def make_plan(manifest: Manifest, sizes: Sizes, device: Device, *, one_host: bool) -> Plan:
+    """one_host: ranks copy, and stage nothing."""
+    on_gpus = H200_HOST if one_host else H200
+    return plan_broadcast(
+        manifest,
+        **dataclasses.asdict(sizes),
+        rates=on_gpus if device.kind == "cuda" else CPU,
+        staging=0 if one_host else device.staging_slots,
+    )
 
 
 class Gatherer:
@@ -44,10 +72,10 @@ class Gatherer:
         self._last: tuple[str, tuple[RankManifest, ...]] = ("", ())
         self._plans: OrderedDict[tuple[str, Sizes, bool], Plan] = OrderedDict()
 
-    def gather(self, name: str, regions: tuple[RegionMeta, ...]) -> None:
+    def gather(self, name: str, regions: tuple[RegionMeta, ...], offer: PeerOffer | None = None) -> None:
         """All ranks may bring nothing: joiners do, before they load the metas that others saved."""
         mine = RankManifest(self._fleet.rank, socket.gethostname(), self._device.uuid, regions)
-        parts = self._exchange_parts(name, mine)
+        parts = self._exchange_parts(self.part(name, mine.digest, offer))
         key = hex_digest(" ".join(p.manifest for p in parts).encode())
         if all(p.last == key for p in parts):
             ranks = self._last[1]
@@ -57,30 +85,19 @@ class Gatherer:
             self._last = (key, ranks)
         known = self._manifests.get(name)
         # The same object where nothing changed: its digests, of tens of thousands of tensors, are made already.
-        manifest = known if known is not None and known.ranks is ranks else Manifest(name, ranks)
-        self._manifests[name] = manifest
-        self._sizes[name] = default_sizes(
-            self._device.kind,
-            len(parts),
-            min(p.free_bytes for p in parts),
-            min(p.mem_fraction for p in parts),
-            min((p.bucket_bytes for p in parts if p.bucket_bytes), default=None),
-            min((p.ring_bytes for p in parts if p.ring_bytes), default=None),
-        )
+        offers = tuple(p.offer for p in parts)
+        if not (isinstance(known, Metas) and known.ranks is ranks and known.offers == offers):
+            self._manifests[name] = Metas(name, ranks, offers)
+        self._sizes[name] = agreed_sizes(self._device.kind, parts)
         self._current = name
 
-    def _exchange_parts(self, name: str, mine: RankManifest) -> list[Part]:
-        settings = self._settings
-        part = Part(
-            name,
-            mine.digest,
-            self._last[0],
-            self._device.free_bytes(),
-            settings.mem_fraction,
-            self._bucket_bytes(),
-            settings.ring_bytes,
-        )
-        payloads = self._exchange("gather_metas", msgspec.msgpack.encode(part))
+    def part(self, name: str, digest: str, offer: PeerOffer | None = None) -> Part:
+        """This rank's. digest: of what it brings."""
+        settings, free = self._settings, self._device.free_bytes()
+        return Part(name, digest, self._last[0], free, settings.mem_fraction, self._bucket_bytes(), settings.ring_bytes, offer)
+
+    def _exchange_parts(self, mine: Part) -> list[Part]:
+        payloads = self._exchange("gather_metas", msgspec.msgpack.encode(mine))
         parts = [msgspec.msgpack.decode(p, type=Part) for p in payloads]
         for rank, other in enumerate(parts):
             if other.checkpoint != parts[0].checkpoint:
@@ -103,13 +120,7 @@ class Gatherer:
         one_host = len({rank.host for rank in manifest.ranks}) == 1  # where ranks copy, and stage nothing
         key = (manifest.layout_digest, sizes, one_host)
         if key not in self._plans:
-            on_gpus = H200_HOST if one_host else H200
-            self._plans[key] = plan_broadcast(
-                manifest,
-                **dataclasses.asdict(sizes),
-                rates=on_gpus if self._device.kind == "cuda" else CPU,
-                staging=0 if one_host else self._device.staging_slots,
-            )
+            self._plans[key] = make_plan(manifest, sizes, self._device, one_host=one_host)
             while len(self._plans) > KEPT_PLANS:
                 self._plans.popitem(last=False)
         return manifest, self._plans[key]
@@ -118,15 +129,24 @@ class Gatherer:
         """What the ring has when no tensor needs more; 0 when nothing was gathered."""
         return self._sizes[name].ring_bytes if name in self._sizes else 0
 
+    def manifest(self, name: str) -> Manifest:
+        """As gathered or loaded. Raises CheckpointNotFoundError before that."""
+        if name not in self._manifests:
+            raise CheckpointNotFoundError(name, "in any metas: call gather_metas or load_metas first")
+        return self._manifests[name]
+
     def current(self) -> Manifest:
         if self._current is None:
             raise CheckpointNotFoundError("", "in what gather_metas agreed on: nothing was gathered yet")
         return self._manifests[self._current]
 
     def load(self, manifest: Manifest) -> None:
-        if self._manifests.get(manifest.checkpoint) != manifest:
+        known = self._manifests.get(manifest.checkpoint)
+        if known is None or known.ranks != manifest.ranks:
             self._manifests[manifest.checkpoint] = manifest
             self._sizes.pop(manifest.checkpoint, None)  # these ranks have not agreed on it
+        elif isinstance(manifest, Metas):  # by other offers, perhaps
+            self._manifests[manifest.checkpoint] = manifest
         self._current = manifest.checkpoint
 
     def forget(self, name: str) -> None:

@@ -26,8 +26,10 @@ from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.gather import Gatherer
 from checkpoint_engine.server.keeper import Keeper
 from checkpoint_engine.server.place import find_place, local_rank
+from checkpoint_engine.server.receivers import Receivers
 from checkpoint_engine.server.report import UpdateReport
 from checkpoint_engine.server.rollout import Rollout, RolloutReport
+from checkpoint_engine.server.sources import Sources
 from checkpoint_engine.server.update import RequestFunction
 from checkpoint_engine.server.updater import Updater
 from checkpoint_engine.server.watch import Watch
@@ -79,10 +81,12 @@ class ParameterServer:
         )
         self._gatherer = Gatherer(self._fleet, self._device, self._settings)
         self._keeper = Keeper(self._fleet, self._device)
-        self._updater = Updater(self._fleet, self._device, self._keeper, self._gatherer, self._registry)
+        self._sources = Sources(self._fleet, self._settings)
+        parts = (self._fleet, self._device, self._keeper, self._gatherer, self._registry)
+        self._updater, self._receivers = Updater(*parts), Receivers(*parts, self._sources, self._settings)
         self._updating = threading.Lock()
         self.watch = Watch(self._fleet, self._device, self._registry, self._keeper)
-        self._p2p_store: object = None  # callers set it to None to switch peer-to-peer off
+        self._p2p_store: object = self._sources  # callers set it to None: peers cannot read this rank then
 
     @property
     def rank(self) -> int:
@@ -130,8 +134,9 @@ class ParameterServer:
     def unregister_checkpoint(self, checkpoint_name: str, force: bool = False) -> None:
         """Give its memory back; pooled memory only with `force`.
 
-        Raises CheckpointNotFoundError, and CheckpointBusyError while an update reads it.
+        Raises CheckpointNotFoundError; CheckpointBusyError while an update reads it, or peers, for longer than peer_wait.
         """
+        self._sources.withdraw(checkpoint_name)
         self._registry.unregister(checkpoint_name, force=force)
         self._gatherer.forget(checkpoint_name)
 
@@ -146,14 +151,14 @@ class ParameterServer:
     def gather_metas(self, checkpoint_name: str) -> None:
         """Collective: agree on who holds what of the checkpoint. A rank that registered nothing takes part with nothing.
 
-        When no rank holds anything, as before `load_metas`, it is `update` that raises CheckpointNotFoundError. Raises
-        AgreementError, DeadlineError, PeerLostError.
+        When no rank holds any, as before `load_metas`, `update` raises. Raises AgreementError, DeadlineError, PeerLostError.
         """
-        regions = self._registry[checkpoint_name].metas() if checkpoint_name in self._registry.names() else ()
-        self._gatherer.gather(checkpoint_name, regions)
+        held = [self._registry[checkpoint_name]] if checkpoint_name in self._registry else []
+        regions = held[0].regions if held and self._p2p_store is not None else ()
+        self._gatherer.gather(checkpoint_name, held[0].metas() if held else (), self._sources.offer(checkpoint_name, regions))
 
     def get_metas(self) -> Manifest:
-        """The manifest that was gathered or loaded last. Picklable, and `to_json` writes it without pickle."""
+        """The manifest that was gathered or loaded last, with what peers need to read it. Picklable; `to_json` does without."""
         return self._gatherer.current()
 
     def load_metas(self, metas: Manifest) -> None:
@@ -185,27 +190,27 @@ class ParameterServer:
         version: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> UpdateReport:
-        """Collective: put the checkpoint into the engines of all ranks.
+        """Collective: put the checkpoint into the engines of all ranks, or of `ranks`.
 
         req_func  called on every rank, in a thread, with [(device uuid, handle)] of all ranks in rank order; asks the
                   engine to call `update_weights_from_ipc` in its workers. Its return proves nothing, its raising ends the
                   update
         timeout   for the whole update; None: Settings.timeout
+        ranks     these read what they need from the ranks of the metas that were gathered or loaded; the others need not call
+                  this, and return at once with an empty report. None or []: all, by broadcast
         version   what the engines say they serve from then on; None: checkpoint name and 12 digits of its digest
         progress  called with the bytes of each bucket when it is complete on this rank
 
         Returns after all workers on all ranks have committed. Raises UpdateError on every rank when it failed on any,
         UpdateInProgressError, CheckpointNotFoundError, AgreementError.
         """
-        if ranks:
-            raise SettingsError("update(ranks=[...]), the peer-to-peer method, is not there yet: leave it out to broadcast")
         if not self._updating.acquire(blocking=False):
             raise UpdateInProgressError(f"rank {self._rank} is updating already; one update at a time")
         try:
             settings = self._settings if timeout is None else self._settings.replace(timeout=timeout.total_seconds())
             with self.watch.doing(checkpoint_name, version, rollout=False) as outcome:
-                moved = self.watch.moved(progress)
-                return outcome.keep(self._updater.update(checkpoint_name, req_func, settings, version, moved))
+                what = (checkpoint_name, req_func, settings, version, self.watch.moved(progress))
+                return outcome.keep(self._receivers.update(*what, ranks) if ranks else self._updater.update(*what))
         finally:
             try:
                 self._end_default_group()
@@ -227,18 +232,21 @@ class ParameterServer:
         version: str | None = None,
         timeout: datetime.timedelta | None = None,
         progress: Callable[[int], None] | None = None,
+        read: bool = False,
     ) -> RolloutReport:
         """Collective: `update` of these engines, with all that belongs around it (pause, reset the cache, publish, resume).
 
         Engine i serves ranks [i*K, (i+1)*K), K = world size / number of engines. policy: how they are paused, and what follows
-        a failure; None: Policy(), which pauses none and goes on without none. All other arguments as for `update`, after
-        gather_metas of the same checkpoint. Raises what `update` raises, EngineError, and ReplicaError for another rank's
-        engine; the error's notes say which engines need their operator.
+        a failure; None: Policy(), which pauses none and goes on without none. read: from the peers that the metas name, as
+        `update` with all ranks. All other arguments as for `update`, after gather_metas of the same checkpoint. Raises what
+        `update` raises, EngineError, and ReplicaError for another rank's engine; the error's notes say which engines need
+        their operator.
         """
         version = version or self.get_metas().version
         seconds = timeout.total_seconds() if timeout else self._settings.timeout
         rollout = Rollout(self._fleet.links, engines, policy or Policy(), seconds, self._settings.join_timeout)
         options: dict[str, Any] = {"timeout": timeout, "version": version, "progress": progress}
+        options["ranks"] = range(self._world_size) if read else None
         with self.watch.doing(checkpoint_name, version, rollout=True) as outcome:
             return outcome.keep(rollout.run(lambda request: self.update(checkpoint_name, request, **options), version))
 
@@ -258,6 +266,7 @@ class ParameterServer:
         back at the end. Raises what register_checkpoint, gather_metas and roll_out raise.
         """
         if PUSHED in self._registry:
+            self._sources.withdraw(PUSHED)
             self._registry.unregister(PUSHED)
         self.register_checkpoint(PUSHED, named_tensors=dict(named_tensors), use_shared_memory_pool=keep)
         try:
@@ -275,6 +284,8 @@ class ParameterServer:
             stack.callback(self._fleet.close)
             stack.callback(self._registry.close)
             stack.callback(self._keeper.close)
+            stack.callback(self._receivers.close)
+            stack.callback(self._sources.close)
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,168 @@
+"""A pass whose bytes come from peers: read into host slots a few pieces ahead, and lifted from there as from regions."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from checkpoint_engine.errors import DeadlineError
+from checkpoint_engine.manifest import RegionMeta
+from checkpoint_engine.planning.plan import Bucket, Copy, Piece
+from checkpoint_engine.server.pipeline import SLICE, Pass, PassError, Stopped
+from checkpoint_engine.server.supply import Supply, Want, wants_of
+from checkpoint_engine.transport.messages import StageStats
+
+END_SECONDS = 3.0
+"""For readers to end; a read that was stopped takes transport.peer.reading.GRACE at most."""
+
+
+class Feed:
+    """What a rank reads, and by what.
+
+    regions   of this rank in the plan's manifest: the sources' regions, with the tensors that it reads or has
+    own       number of a region in the plan -> its number among this rank's own, from which it is lifted without being read
+    seconds   for one piece to be delivered
+    """
+
+    def __init__(self, supply: Supply, regions: Sequence[RegionMeta], own: dict[int, int], seconds: float) -> None:
+        self.supply, self.seconds = supply, seconds
+        self._regions, self._own = regions, own
+
+    def wants(self, piece: Piece) -> list[Want]:
+        return [
+            want
+            for copy in piece.copies
+            if copy.region not in self._own
+            for want in wants_of(self._regions[copy.region].tensors, copy.source, copy.nbytes, copy.offset - piece.offset)
+        ]
+
+    def staged(self, piece: Piece, slot: int) -> Piece:
+        """The piece as it is lifted: its own regions are behind the slots, and what was read lies in the slot as it shall lie
+        in the bucket."""
+        copies: list[Copy] = []
+        for copy in piece.copies:
+            if (number := self._own.get(copy.region)) is not None:
+                copies.append(Copy(len(self.supply.slots) + number, copy.source, copy.offset, copy.nbytes))
+            elif copies and copies[-1].region == slot:
+                first = copies[-1]
+                copies[-1] = Copy(slot, first.source, first.offset, copy.offset + copy.nbytes - first.offset)
+            else:
+                copies.append(Copy(slot, copy.offset - piece.offset, copy.offset, copy.nbytes))
+        return Piece(piece.owner, piece.offset, piece.nbytes, tuple(copies))
+
+
+class FetchPass(Pass):
+    """regions: the slots' memory, then this rank's own. One thread reads into each slot, again when it was lifted from."""
+
+    def __init__(self, feed: Feed, *args: Any) -> None:
+        super().__init__(*args)
+        self._feed = feed
+        # The driver lifts what is in _own, in order; a piece gets there when its bytes are here.
+        self._all: list[tuple[Bucket, Piece]] = self._own
+        self._own = []
+        self._fetched: set[int] = set()
+        self._position = 0  # of the driver in the stream
+        self._busy = _Busy()
+        self._read_bytes = 0
+
+    def run(self) -> dict[str, StageStats]:
+        readers = [
+            threading.Thread(target=self._guard, args=("fetch", partial(self._fetch, slot)), name="fetch", daemon=True)
+            for slot in range(len(self._feed.supply.slots))
+        ]
+        for reader in readers:
+            reader.start()
+        try:
+            return super().run()
+        finally:
+            if self._error is not None:
+                self._feed.supply.stop()
+            for reader in readers:  # one that is still connecting reads nothing any more
+                reader.join(END_SECONDS)
+
+    # --- readers -------------------------------------------------------------------------------------------------------
+
+    def _fetch(self, number: int) -> None:
+        supply = self._feed.supply
+        slot = supply.slots[number]
+        for turn in range(number, len(self._all), len(supply.slots)):
+            self._wait_lifted(turn - len(supply.slots))
+            wants = self._feed.wants(self._all[turn][1])
+            with self._busy:
+                try:
+                    supply.read(wants, slot, max(SLICE, min(self._feed.seconds, self._remaining())))
+                except Exception:
+                    if self._error is not None:
+                        raise Stopped("stopped") from None
+                    raise
+            with self._state:
+                self._regions[number] = slot.region.tensor
+                self._read_bytes += sum(want.nbytes for want in wants)
+                self._fetched.add(turn)
+                self._state.notify_all()
+
+    def _wait_lifted(self, turn: int) -> None:
+        """The slot's piece before has been copied from."""
+        if turn < 0:
+            return
+        with self._state:
+            while len(self._lifts) <= turn:
+                if self._error is not None:
+                    raise Stopped("stopped")
+                self._state.wait(SLICE)
+        while not self._lifts[turn].done.wait(SLICE):
+            if self._error is not None:
+                raise Stopped("stopped")
+
+    # --- driver --------------------------------------------------------------------------------------------------------
+
+    def _lift_ahead(self) -> None:
+        with self._state:
+            while (turn := len(self._own)) in self._fetched:
+                bucket, piece = self._all[turn]
+                self._own.append((bucket, self._feed.staged(piece, turn % len(self._feed.supply.slots))))
+        super()._lift_ahead()
+        with self._state:
+            self._state.notify_all()
+
+    def _wait_loaded(self, bucket: int) -> None:
+        """Called once for each piece of the stream, before it is lifted."""
+        super()._wait_loaded(bucket)
+        index, number = self._plan.stream[self._position]
+        self._position += 1
+        if self._plan.buckets[index].pieces[number].owner != self._lane.rank:
+            return
+        turn = len(self._shares)
+        with self._state:
+            while turn not in self._fetched and self._error is None:
+                if not self._state.wait(SLICE) and self._overdue(False):
+                    raise PassError("fetch", str(DeadlineError(f"the bytes of bucket {index}", self._seconds)))
+            if self._error is not None:
+                raise Stopped("stopped")
+
+    def _stats(self) -> dict[str, StageStats]:
+        return {"fetch": StageStats(self._read_bytes, self._busy.seconds), **super()._stats()}
+
+
+class _Busy:
+    """Seconds in which at least one thread was inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside, self._since = 0, 0.0
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self.seconds += time.perf_counter() - self._since

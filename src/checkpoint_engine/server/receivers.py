@@ -1,0 +1,278 @@
+"""Updates of some ranks only, which read from peers what they need: who takes part, what each reads, and the update itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import socket
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import torch.distributed as dist
+
+from checkpoint_engine.devices.base import Closing, Device
+from checkpoint_engine.errors import AgreementError, CheckpointEngineError, SettingsError, UpdateError
+from checkpoint_engine.manifest import Manifest, RankManifest, hex_digest
+from checkpoint_engine.memory.region import HostRegion
+from checkpoint_engine.memory.registry import Registry
+from checkpoint_engine.planning.peers import Assigned, FetchPlan, Receiver, as_manifest, plan_fetch
+from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.server.fetch import Feed, FetchPass
+from checkpoint_engine.server.fleet import Fleet
+from checkpoint_engine.server.gather import Gatherer, Part, agreed_sizes, make_plan
+from checkpoint_engine.server.keeper import Keeper
+from checkpoint_engine.server.report import UpdateReport
+from checkpoint_engine.server.sources import RDMA, Metas, Sources, peer_options
+from checkpoint_engine.server.supply import Supply, nics_of, unreadable
+from checkpoint_engine.server.update import RequestFunction
+from checkpoint_engine.server.updater import Prepared, Updater
+from checkpoint_engine.settings import Settings
+from checkpoint_engine.transport.peer.base import choose
+from checkpoint_engine.transport.peer.shm import whereabouts
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+SLOTS = 4
+"""Pieces that a rank reads ahead of lifting them."""
+
+
+class _Bid(msgspec.Struct, frozen=True, array_like=True):
+    """What each receiver brings first. source: its rank in the manifest; -1: it is in none. part.manifest: digest of the metas.
+    transport: see Settings.peer_transport."""
+
+    part: Part
+    host: str
+    where: str
+    transport: str
+    source: int = -1
+    error: str = ""
+
+
+class _Agreed(NamedTuple):
+    """group: the receivers, by their rank among themselves. kinds: rank of a source -> transport, of this rank. by: of all."""
+
+    metas: Metas
+    reads: FetchPlan
+    group: tuple[Receiver, ...]
+    stream: Manifest
+    sources: tuple[tuple[int, int], ...]
+    plan: Plan
+    ring_bytes: int
+    kinds: dict[int, str]
+    by: str
+
+
+class SubFleet(Fleet):
+    """Some ranks of a world as a world of their own; they meet at the world's store, and need no other rank of it."""
+
+    def __init__(self, world: Fleet, ranks: Sequence[int], settings: Settings) -> None:
+        super().__init__(ranks.index(world.rank), len(ranks), settings, None, None)
+        self._world, self._place = world, f"ranks/{'-'.join(map(str, ranks))}"
+
+    def _connect(self, *, is_master: bool) -> Store:
+        return dist.PrefixStore(self._place, self._world._connect(is_master=False))  # type: ignore[attr-defined]
+
+    def _master(self) -> tuple[str, int]:
+        return self._world._master()
+
+
+class Receivers(Closing):
+    """Runs updates with `ranks`, and keeps what each such set of ranks shares: links, lane, communicator."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        device: Device,
+        keeper: Keeper,
+        gatherer: Gatherer,
+        registry: Registry,
+        sources: Sources,
+        settings: Settings,
+    ) -> None:
+        self._fleet, self._device, self._settings = fleet, device, settings
+        self._parts = (gatherer, registry, sources)
+        everybody = FetchUpdater(fleet, device, keeper, *self._parts)
+        self._updaters: dict[tuple[int, ...], FetchUpdater] = {tuple(range(fleet.world_size)): everybody}
+        self._owned = contextlib.ExitStack()
+
+    def update(
+        self,
+        name: str,
+        req_func: RequestFunction,
+        settings: Settings,
+        version: str | None,
+        progress: Callable[[int], None] | None,
+        ranks: Sequence[int],
+    ) -> UpdateReport:
+        """See ParameterServer.update. On a rank that is not in `ranks`: nothing, and an empty report."""
+        chosen, world_size = tuple(sorted(set(ranks))), self._fleet.world_size
+        if not all(isinstance(rank, int) and 0 <= rank < world_size for rank in chosen):
+            raise SettingsError(f"ranks {list(ranks)} are not all in a world of {world_size}")
+        if self._fleet.rank not in chosen:
+            return UpdateReport(version or "", "none", 0, 0.0, 0, {}, ())
+        if chosen not in self._updaters:
+            fleet = self._owned.enter_context(SubFleet(self._fleet, chosen, self._settings))
+            keeper = self._owned.enter_context(Keeper(fleet, self._device))
+            self._updaters[chosen] = FetchUpdater(fleet, self._device, keeper, *self._parts)
+
+        def ask(handles: list[tuple[str, str]]) -> object:
+            places = dict(zip(chosen, handles, strict=True))
+            return req_func([places.get(rank, ("", "")) for rank in range(world_size)])
+
+        try:
+            return self._updaters[chosen].fetch(name, ask, settings, version, progress)
+        except UpdateError as e:  # by its rank in the world
+            rank, found = chosen[e.rank], e
+        raise UpdateError(rank=rank, host=found.host, stage=found.stage, reason=found.reason, dirty=found.dirty) from found
+
+    def close(self) -> None:
+        self._owned.close()
+        self._updaters.clear()
+
+
+class FetchUpdater(Updater):
+    """Updates all ranks of `fleet` with what they read from the sources that the metas name."""
+
+    def __init__(
+        self, fleet: Fleet, device: Device, keeper: Keeper, gatherer: Gatherer, registry: Registry, sources: Sources
+    ) -> None:
+        super().__init__(fleet, device, keeper, gatherer, registry)
+        self._sources = sources
+        self._agreed: _Agreed | None = None
+
+    def fetch(
+        self,
+        name: str,
+        req_func: RequestFunction,
+        settings: Settings,
+        version: str | None,
+        progress: Callable[[int], None] | None,
+    ) -> UpdateReport:
+        """Collective of the receivers. Raises as Updater.update, and ManifestError when nobody offers what is needed."""
+        settings = settings.replace(method="broadcast")
+        self._agreed = agreed = self._agree(name, settings)
+        try:
+            report = self.update(name, req_func, settings, version, progress)
+        finally:
+            self._agreed = None
+        return dataclasses.replace(report, method=f"p2p ({agreed.by})" if agreed.by else "p2p")
+
+    # --- agreement -----------------------------------------------------------------------------------------------------
+
+    def _bid(self, name: str, settings: Settings) -> tuple[Metas | None, _Bid]:
+        host, where = socket.gethostname(), whereabouts()
+        try:
+            metas = self._gatherer.manifest(name)
+            if not isinstance(metas, Metas):
+                metas = Metas(metas.checkpoint, metas.ranks)
+            metas.check()
+            part = self._gatherer.part(name, hex_digest(msgspec.msgpack.encode(metas)))
+            token = self._sources.token
+            here = [n for n, offer in enumerate(metas.offers) if offer is not None and offer.token == token]
+            return metas, _Bid(part, host, where, settings.peer_transport, here[0] if here else -1)
+        except CheckpointEngineError as e:  # the others must not wait for this rank
+            if self._fleet.world_size == 1:
+                raise
+            return None, _Bid(self._gatherer.part(name, ""), host, where, settings.peer_transport, error=str(e))
+
+    def _agree(self, name: str, settings: Settings) -> _Agreed:
+        metas, mine = self._bid(name, settings)
+        payloads = self._fleet.links.exchange("update of some ranks", msgspec.msgpack.encode(mine), settings.join_timeout)
+        bids = [msgspec.msgpack.decode(payload, type=_Bid) for payload in payloads]
+        for rank, bid in enumerate(bids):
+            if bid.error:
+                raise AgreementError(f"receiver {rank} ({bid.host}) cannot take part in the update: {bid.error}")
+            if (bid.part.checkpoint, bid.part.manifest) != (bids[0].part.checkpoint, bids[0].part.manifest):
+                raise AgreementError(f"receivers 0 and {rank} ({bid.host}) want other checkpoints, or loaded other metas")
+        if metas is None:
+            raise AgreementError("this rank has no metas")
+        # Receivers that the manifest does not know have numbers behind its ranks.
+        group = tuple(Receiver(b.source if b.source >= 0 else metas.world_size + n, b.host) for n, b in enumerate(bids))
+        reads = plan_fetch(metas, [group], nics_of(metas), unreadable(metas))
+        derived, sources = as_manifest(reads.groups[0], metas)
+        stream = _renumbered(derived, group)
+        sizes = agreed_sizes(self._device.kind, [bid.part for bid in bids])
+        one_host = len({bid.host for bid in bids}) == 1
+        plan = make_plan(stream, sizes, self._device, one_host=one_host)
+        kinds = [{rank: _kind(metas, rank, bid) for rank, offer in enumerate(metas.offers) if offer} for bid in bids]
+        by = sorted({kinds[n][read.held.owner] for n, each in enumerate(group) for read in _crossing(reads, each.rank)})
+        return _Agreed(metas, reads, group, stream, sources, plan, sizes.ring_bytes, kinds[self._fleet.rank], ", ".join(by))
+
+    # --- hooks of Updater ----------------------------------------------------------------------------------------------
+
+    def _prepare(self, stack: contextlib.ExitStack, name: str, settings: Settings) -> Prepared | Exception:
+        try:
+            return self._prepare_feed(stack, name, settings)
+        except Exception as e:  # of any kind: the others must not wait for this rank
+            if self._fleet.world_size == 1:
+                raise
+            return e
+
+    def _prepare_feed(self, stack: contextlib.ExitStack, name: str, settings: Settings) -> Prepared:
+        agreed = self._agreed
+        if agreed is None:
+            raise AgreementError("nothing was agreed on")
+        me = agreed.group[self._fleet.rank].rank
+        own_regions: tuple[HostRegion, ...] = ()
+        if me < agreed.metas.world_size:
+            checkpoint = stack.enter_context(self._registry.use(name))
+            if checkpoint.metas() != agreed.metas.ranks[me].regions:
+                raise AgreementError(f"checkpoint {name!r} was registered anew after gather_metas: gather again")
+            own_regions = checkpoint.regions
+        plan = agreed.plan
+        self._keeper.prepare(plan)
+        pieces = sum(piece.owner == self._fleet.rank for bucket in plan.buckets for piece in bucket.pieces)
+        address = self._sources.address
+        supply = stack.enter_context(
+            Supply(
+                self._device,
+                agreed.metas,
+                agreed.reads,
+                agreed.group,
+                agreed.kinds,
+                peer_options(settings, address),
+                slots=min(SLOTS, pieces),
+                slot_bytes=plan.piece_bytes,
+                connect_seconds=settings.connect_timeout,
+            )
+        )
+        own = {number: region for number, (rank, region) in enumerate(agreed.sources) if rank == me}
+        feed = Feed(supply, agreed.stream.ranks[self._fleet.rank].regions, own, settings.connect_timeout)
+        self._make_pass = partial(FetchPass, feed)
+        regions = (*(slot.region for slot in supply.slots), *own_regions)
+        return Prepared(agreed.metas, plan, regions, None)
+
+    def _give_back(self, name: str, settings: Settings) -> None:
+        self._keeper.settle(self._agreed.ring_bytes if self._agreed is not None else 0)
+        if settings.free_after_update:
+            self._keeper.free()
+
+
+def _crossing(reads: FetchPlan, receiver: int) -> list[Assigned]:
+    """What a receiver reads from others."""
+    return [read for read in reads.reads() if read.receiver == receiver != read.held.owner]
+
+
+def _kind(metas: Metas, rank: int, bid: _Bid) -> str:
+    """The transport by which the receiver reads a source. Raises SettingsError when that does not offer it."""
+    offer = metas.offers[rank]
+    if offer is None:
+        raise SettingsError(f"rank {rank} is not to be read")
+    if bid.transport == "auto":
+        return choose(offer, bid.where, ())
+    if bid.transport not in offer.transports:
+        raise SettingsError(
+            f"{offer.name} does not offer {bid.transport!r} (it has {', '.join(offer.transports)}): "
+            f"{'set CHECKPOINT_ENGINE_PEER_TRANSPORT there, too' if bid.transport in RDMA else 'choose another transport'}"
+        )
+    return bid.transport
+
+
+def _renumbered(derived: Manifest, group: Sequence[Receiver]) -> Manifest:
+    """By the receivers' ranks among themselves; who reads nothing has no regions."""
+    regions = {rank.rank: rank.regions for rank in derived.ranks}
+    ranks = tuple(RankManifest(n, receiver.host, "", regions.get(receiver.rank, ())) for n, receiver in enumerate(group))
+    return Manifest(derived.checkpoint, ranks)
