@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from checkpoint_engine.manifest import Manifest, RankManifest, RegionMeta, TensorMeta
@@ -57,6 +57,7 @@ def _lift(bucket: bytearray, piece: Piece, regions: Sequence[bytes | bytearray])
         bucket[copy.offset : copy.offset + copy.nbytes] = regions[copy.region][copy.source : copy.source + copy.nbytes]
 
 
+@example([[0, 0, 0, 1]], 0, 256, False)  # empty tensors at the offset of another
 @given(st.lists(SIZES, min_size=1, max_size=3), st.integers(0, 300), st.sampled_from([256, 1024, 4096]), st.booleans())
 def test_buckets_hold_their_tensors(parts: list[list[int]], gap: int, piece_bytes: int, member: bool) -> None:
     """member: rank 0 is a source and a receiver: its own bytes are lifted from its region, and not read."""

@@ -128,7 +128,8 @@ def as_manifest(reads: Sequence[Assigned], manifest: Manifest) -> tuple[Manifest
         tensors[read.receiver, (read.held.owner, read.held.region)].append(read.held.tensor)
 
     def region(receiver: int, source: tuple[int, int]) -> RegionMeta:
-        held = sorted(tensors.get((receiver, source), ()), key=lambda t: t.offset)
+        # What begins where empty tensors lie comes behind them: whoever looks an offset up finds it.
+        held = sorted(tensors.get((receiver, source), ()), key=lambda t: (t.offset, t.nbytes))
         return RegionMeta(lengths[source], tuple(held))
 
     receivers = sorted({read.receiver for read in reads})

@@ -45,7 +45,7 @@ class Want(NamedTuple):
 
 
 def wants_of(tensors: Sequence[TensorMeta], source: int, nbytes: int, target: int) -> Iterator[Want]:
-    """What of `tensors`, a region's in order of offset, is in its bytes [source, source + nbytes), which go to `target`."""
+    """What of `tensors`, a region's by offset and size, is in its bytes [source, source + nbytes), which go to `target`."""
     first = max(0, bisect.bisect_right(tensors, source, key=lambda t: t.offset) - 1)
     for tensor in tensors[first:]:
         if tensor.offset >= source + nbytes:
