@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from checkpoint_engine.errors import LoadPlanError
@@ -85,12 +86,14 @@ copies = st.builds(
 
 
 @settings(deadline=None, max_examples=150)
+@example([(0, 0, 48, []), (0, 0, 48, [3, 4, 4, 4, 4])], [0] * 6, 0)  # tensors of more than 64 KiB
 @given(st.lists(copies, max_size=6), st.lists(st.integers(0, 3), min_size=6, max_size=6), st.integers(0, 17))
 def test_moves_are_the_copies_however_they_are_joined_and_split(
     found: list[tuple[int, int, int, list[int]]], gaps: list[int], shift: int
 ) -> None:
     plan, sources = laid_out(found, gaps)
-    memory = torch.randint(0, 256, (1 << 16,), dtype=torch.uint8)[shift:]
+    reach = max((s.offset + math.prod(t.shape) for s, t in zip(sources, plan.planned, strict=True)), default=0)
+    memory = torch.randint(0, 256, (shift + reach,), dtype=torch.uint8)[shift:]
     expected = torch.zeros(plan.storages[0].nbytes, dtype=torch.uint8)
     for source, tensor in zip(sources, plan.planned, strict=True):
         one_by_one(tensor.copies[0], source.offset, memory, expected)

@@ -23,6 +23,7 @@ from checkpoint_engine.errors import (
     TransferError,
 )
 from checkpoint_engine.memory.region import HostRegion
+from checkpoint_engine.transport.descriptors import whereabouts
 from checkpoint_engine.transport.peer.base import (
     Deadline,
     Outcome,
@@ -37,7 +38,6 @@ from checkpoint_engine.transport.peer.base import (
 from checkpoint_engine.transport.peer.connecting import Lease
 from checkpoint_engine.transport.peer.server import PeerServer
 from checkpoint_engine.transport.peer.serving import ServerLimits
-from checkpoint_engine.transport.peer.shm import whereabouts
 from checkpoint_engine.transport.peer.wire import FROM_SOURCE, LENGTH, MAGIC, PREAMBLE, VERSION, Fetch
 from helpers.peers import content
 

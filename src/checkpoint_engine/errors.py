@@ -41,6 +41,11 @@ class CheckpointEngineError(RuntimeError):
     """Root of the tree."""
 
 
+def said(error: BaseException) -> str:
+    """What an error says: ours name their own cause, all others are named by their type."""
+    return str(error) if isinstance(error, CheckpointEngineError) else f"{type(error).__name__}: {error}"
+
+
 class SettingsError(CheckpointEngineError, ValueError):
     """A setting or argument that cannot be used."""
 

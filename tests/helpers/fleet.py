@@ -149,12 +149,12 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(count: int, devices: int | None = None) -> Iterator[list[Worker]]:
-    """`count` worker processes, killed at the end; on a GPU, spread over `devices` of them."""
+def worker_processes(serve: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> Iterator[list[Worker]]:
+    """A process for each of `arguments` that runs serve(pipe, environment, *arguments); killed at the end."""
     processes, pipes = [], []
-    for number in range(count):
+    for each in arguments:
         mine, theirs = _context.Pipe()
-        process = _context.Process(target=_worker, args=(theirs, dict(os.environ), number % (devices or count)))
+        process = _context.Process(target=serve, args=(theirs, dict(os.environ), *each))
         process.start()
         theirs.close()
         processes.append(process)
@@ -168,6 +168,11 @@ def workers(count: int, devices: int | None = None) -> Iterator[list[Worker]]:
             process.join()
             process.close()
             pipe.close()
+
+
+def workers(count: int, devices: int | None = None) -> contextlib.AbstractContextManager[list[Worker]]:
+    """`count` worker processes, killed at the end; on a GPU, spread over `devices` of them."""
+    return worker_processes(_worker, [(number % (devices or count),) for number in range(count)])
 
 
 def request(worker: Worker | None, rank: int, orders: Orders = Orders()) -> Callable[[Handles], None]:

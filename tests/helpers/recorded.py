@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,8 +19,7 @@ from checkpoint_engine.loads.recordable import Recordable
 from checkpoint_engine.manifest import hex_digest
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.worker import WeightsState, update_weights_from_ipc
-from helpers.fleet import Worker
-from helpers.ranks import _context
+from helpers.fleet import Worker, worker_processes
 
 Weights = list[tuple[str, torch.Tensor]]
 EXPERTS, HIDDEN, LAYERS = 6, 32, 4
@@ -230,24 +229,7 @@ def _engine(pipe: Connection, variables: dict[str, str], index: int, rank: int, 
             pipe.send((False, f"{type(e).__name__}: {e}"))
 
 
-@contextlib.contextmanager
-def engines(kinds: Sequence[str], devices: int | None = None) -> Iterator[list[Worker]]:
+def engines(kinds: Sequence[str], devices: int | None = None) -> contextlib.AbstractContextManager[list[Worker]]:
     """One worker process for each kind of loader, of the ranks of one tensor-parallel model; killed at the end."""
-    processes, pipes = [], []
-    for rank, kind in enumerate(kinds):
-        mine, theirs = _context.Pipe()
-        index = rank % (devices or len(kinds))
-        process = _context.Process(target=_engine, args=(theirs, dict(os.environ), index, rank, len(kinds), kind))
-        process.start()
-        theirs.close()
-        processes.append(process)
-        pipes.append(mine)
-    try:
-        yield [Worker(pipe) for pipe in pipes]
-    finally:
-        for process in processes:
-            process.kill()
-        for process, pipe in zip(processes, pipes, strict=True):
-            process.join()
-            process.close()
-            pipe.close()
+    places = enumerate(kinds)
+    return worker_processes(_engine, [(rank % (devices or len(kinds)), rank, len(kinds), kind) for rank, kind in places])

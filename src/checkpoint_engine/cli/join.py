@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -16,16 +15,21 @@ from rich.console import Console
 
 from checkpoint_engine.cli.progress import line, meter
 from checkpoint_engine.cli.update import (
+    AsJson,
+    Endpoints,
     Kind,
     OnFailure,
     PauseMode,
     ResumeDirty,
     Sockets,
+    Timeout,
     Token,
+    Version,
+    Wait,
     check_ranks,
     notes,
-    show,
     sockets,
+    tell,
     world,
 )
 from checkpoint_engine.errors import CheckpointNotFoundError, ManifestError, PeerLostError, SettingsError
@@ -41,7 +45,7 @@ CALL_SECONDS = 60.0
 
 def join(
     source: Annotated[str, typer.Option("--from", help="URL of a server of the running world, or a JSON file of its metas.")],
-    endpoint: Annotated[list[str], typer.Option(help="URL of an engine; repeat it for further replicas, in rank order.")],
+    endpoint: Endpoints,
     inference_parallel_size: Annotated[int, typer.Option(help="Ranks that one engine spans (TP x PP).", min=1)] = 1,
     name: Annotated[str | None, typer.Option(help="Name of the checkpoint; by default what was gathered last there.")] = None,
     engine: Kind = "sglang",
@@ -50,10 +54,10 @@ def join(
     pause: PauseMode = None,
     resume_dirty: ResumeDirty = False,
     on_replica_failure: OnFailure = "abort",
-    weight_version: Annotated[str | None, typer.Option(help="Version that the engines report from then on.")] = None,
-    wait: Annotated[float, typer.Option(help="Seconds for an engine to become ready.", min=0.1)] = 600.0,
-    timeout: Annotated[float, typer.Option(help="Seconds for the update, and for each call around it.", min=0.1)] = 600.0,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    weight_version: Version = None,
+    wait: Wait = 600.0,
+    timeout: Timeout = 600.0,
+    json_output: AsJson = False,
 ) -> None:
     """Update new engines with the weights that a running world's servers hold in host memory.
 
@@ -77,10 +81,7 @@ def join(
         engines = [stack.enter_context(get_engine(engine, url, path, token)) for url, path in sockets(endpoint, uds)]
         report = _join(console, rank, world_size, metas, engines, policy, weight_version, timeout)
     if rank == 0:
-        if json_output:
-            print(json.dumps(report.to_dict()))
-        else:
-            show(console, report)
+        tell(console, report, json_output)
 
 
 def _join(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from checkpoint_engine.server import RolloutReport
 
 
+Endpoints = Annotated[list[str], typer.Option(help="URL of an engine; repeat it for further replicas, in rank order.")]
 Kind = Annotated[str, typer.Option(help="Kind of engine: sglang (and the embedded one), vllm, lmdeploy or tensorrt-llm.")]
 Sockets = Annotated[list[str] | None, typer.Option(help="Unix socket of the endpoint in the same place, instead of its port.")]
 Token = Annotated[str | None, typer.Option(envvar="CHECKPOINT_ENGINE_TOKEN", help="API key of the engines.")]
@@ -33,11 +34,15 @@ ResumeDirty = Annotated[bool, typer.Option("--resume-dirty", help="After a failu
 OnFailure = Annotated[
     Literal["abort", "continue"], typer.Option(help="When an engine fails: abort for all, or continue without it.")
 ]
+Version = Annotated[str | None, typer.Option(help="Version that the engines report from then on.")]
+Wait = Annotated[float, typer.Option(help="Seconds for an engine to become ready.", min=0.1)]
+Timeout = Annotated[float, typer.Option(help="Seconds for the update, and for each call around it.", min=0.1)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
 
 def update(
     checkpoint: Annotated[Path, typer.Option(help="Directory of safetensors files; every rank must see it.")],
-    endpoint: Annotated[list[str], typer.Option(help="URL of an engine; repeat it for further replicas, in rank order.")],
+    endpoint: Endpoints,
     inference_parallel_size: Annotated[int, typer.Option(help="Ranks that one engine spans (TP x PP).", min=1)],
     engine: Kind = "sglang",
     uds: Sockets = None,
@@ -45,11 +50,11 @@ def update(
     pause: PauseMode = None,
     resume_dirty: ResumeDirty = False,
     on_replica_failure: OnFailure = "abort",
-    weight_version: Annotated[str | None, typer.Option(help="Version that the engines report from then on.")] = None,
+    weight_version: Version = None,
     name: Annotated[str | None, typer.Option(help="Name of the checkpoint; its directory's name by default.")] = None,
-    wait: Annotated[float, typer.Option(help="Seconds for an engine to become ready.", min=0.1)] = 600.0,
-    timeout: Annotated[float, typer.Option(help="Seconds for the update, and for each call around it.", min=0.1)] = 600.0,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    wait: Wait = 600.0,
+    timeout: Timeout = 600.0,
+    json_output: AsJson = False,
 ) -> None:
     """Update running engines from a checkpoint on disk.
 
@@ -76,10 +81,7 @@ def update(
         with notes(rank):
             report = _update(console, name or checkpoint.resolve().name, files, engines, policy, weight_version, timeout)
     if rank == 0:
-        if json_output:
-            print(json.dumps(report.to_dict()))
-        else:
-            show(console, report)
+        tell(console, report, json_output)
 
 
 @contextmanager
@@ -119,6 +121,13 @@ def _update(
         limit = timedelta(seconds=timeout)
         with meter(console, f"update {name}", ps.get_metas().nbytes, show=leads) as bar:
             return ps.roll_out(name, engines=engines, policy=policy, timeout=limit, version=version, progress=bar.advance)
+
+
+def tell(console: Console, report: RolloutReport, json_output: bool) -> None:
+    if json_output:
+        print(json.dumps(report.to_dict()))
+    else:
+        show(console, report)
 
 
 def show(console: Console, rollout: RolloutReport) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from checkpoint_engine.errors import CheckpointEngineError, UpdateError
+from checkpoint_engine.errors import UpdateError, said
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.transport.links import Links
 from checkpoint_engine.transport.push import Member, PushCollective
@@ -45,7 +45,7 @@ def meet_neighbours(
         collective = stack.enter_context(PushCollective(lane.device, links.rank, lane.ring, timeout))
         mine = _Introduction(collective.member, proven)
     except Exception as e:  # of any kind: the others must not wait for this rank
-        mine = _Introduction(None, error=str(e) if isinstance(e, CheckpointEngineError) else f"{type(e).__name__}: {e}")
+        mine = _Introduction(None, error=said(e))
     payloads = links.exchange("rings", msgspec.msgpack.encode(mine), seconds)
     members = []
     for rank, payload in enumerate(payloads):

@@ -19,7 +19,7 @@ import torch
 
 from checkpoint_engine.devices.base import Event
 from checkpoint_engine.devices.spans import Spans
-from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, said
 from checkpoint_engine.planning.plan import Bucket, Piece, Plan
 from checkpoint_engine.server.heard import Heard
 from checkpoint_engine.server.lane import Lane
@@ -111,7 +111,7 @@ class Pass:
         except (PassError, Stopped) as e:
             self._fail(e)
         except Exception as e:  # any error of a stage ends the pass with the stage's name
-            self._fail(PassError(stage, str(e) if isinstance(e, CheckpointEngineError) else f"{type(e).__name__}: {e}"))
+            self._fail(PassError(stage, said(e)))
 
     def _fail(self, error: CheckpointEngineError) -> None:
         with self._state:

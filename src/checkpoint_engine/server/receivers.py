@@ -15,7 +15,6 @@ import torch.distributed as dist
 from checkpoint_engine.devices.base import Closing, Device
 from checkpoint_engine.errors import AgreementError, CheckpointEngineError, SettingsError, UpdateError
 from checkpoint_engine.manifest import Manifest, RankManifest, hex_digest
-from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.memory.registry import Registry
 from checkpoint_engine.planning.peers import Assigned, FetchPlan, Receiver, as_manifest, plan_fetch
 from checkpoint_engine.planning.plan import Plan
@@ -29,8 +28,8 @@ from checkpoint_engine.server.supply import Supply, nics_of, unreadable
 from checkpoint_engine.server.update import RequestFunction
 from checkpoint_engine.server.updater import Prepared, Updater
 from checkpoint_engine.settings import Settings
+from checkpoint_engine.transport.descriptors import whereabouts
 from checkpoint_engine.transport.peer.base import choose
-from checkpoint_engine.transport.peer.shm import whereabouts
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -203,25 +202,13 @@ class FetchUpdater(Updater):
 
     # --- hooks of Updater ----------------------------------------------------------------------------------------------
 
-    def _prepare(self, stack: contextlib.ExitStack, name: str, settings: Settings) -> Prepared | Exception:
-        try:
-            return self._prepare_feed(stack, name, settings)
-        except Exception as e:  # of any kind: the others must not wait for this rank
-            if self._fleet.world_size == 1:
-                raise
-            return e
-
-    def _prepare_feed(self, stack: contextlib.ExitStack, name: str, settings: Settings) -> Prepared:
+    def _prepare(self, stack: contextlib.ExitStack, name: str, settings: Settings) -> Prepared:
         agreed = self._agreed
         if agreed is None:
             raise AgreementError("nothing was agreed on")
         me = agreed.group[self._fleet.rank].rank
-        own_regions: tuple[HostRegion, ...] = ()
-        if me < agreed.metas.world_size:
-            checkpoint = stack.enter_context(self._registry.use(name))
-            if checkpoint.metas() != agreed.metas.ranks[me].regions:
-                raise AgreementError(f"checkpoint {name!r} was registered anew after gather_metas: gather again")
-            own_regions = checkpoint.regions
+        member = me < agreed.metas.world_size
+        own_regions = self._use(stack, name, agreed.metas.ranks[me].regions) if member else ()
         plan = agreed.plan
         self._keeper.prepare(plan)
         pieces = sum(piece.owner == self._fleet.rank for bucket in plan.buckets for piece in bucket.pieces)
@@ -245,10 +232,8 @@ class FetchUpdater(Updater):
         regions = (*(slot.region for slot in supply.slots), *own_regions)
         return Prepared(agreed.metas, plan, regions, None)
 
-    def _give_back(self, name: str, settings: Settings) -> None:
-        self._keeper.settle(self._agreed.ring_bytes if self._agreed is not None else 0)
-        if settings.free_after_update:
-            self._keeper.free()
+    def _ring_bytes(self, name: str) -> int:
+        return self._agreed.ring_bytes if self._agreed is not None else 0
 
 
 def _crossing(reads: FetchPlan, receiver: int) -> list[Assigned]:

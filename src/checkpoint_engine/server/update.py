@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, UpdateError
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, UpdateError, said
 from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.server.crew import Crew
 from checkpoint_engine.server.events import PassEnded, RequestDone, SessionFailed, WorkerCame
@@ -173,9 +173,9 @@ class UpdateRun:
                 self._welcome(event)
             case RequestDone(error=None, absent=absent):
                 self._links.send(LEADER, m.Returned(self._number, absent))
-            case RequestDone(error=error):
+            case RequestDone(error=error) if error is not None:
                 self._await_cause()
-                reason = str(error) if isinstance(error, CheckpointEngineError) else f"{type(error).__name__}: {error}"
+                reason = said(error)
                 raise self._fail("request", reason)
             case SessionFailed(error=problem):
                 raise self._fail("attach", str(problem))

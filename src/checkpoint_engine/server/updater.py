@@ -14,8 +14,8 @@ import msgspec
 
 from checkpoint_engine.devices.base import Device
 from checkpoint_engine.devices.polling import poll
-from checkpoint_engine.errors import AgreementError, CheckpointEngineError, DeadlineError, PeerLostError, UpdateError
-from checkpoint_engine.manifest import Manifest
+from checkpoint_engine.errors import AgreementError, DeadlineError, PeerLostError, UpdateError, said
+from checkpoint_engine.manifest import Manifest, RegionMeta
 from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.memory.registry import Registry
 from checkpoint_engine.planning.plan import Plan
@@ -75,7 +75,7 @@ class Updater:
         with contextlib.ExitStack() as stack:
             inbox = stack.enter_context(links.inbox(number))
             listener = stack.enter_context(self._listen(inbox, settings))
-            prepared = self._prepare(stack, name, settings)
+            prepared = self._try_to_prepare(stack, name, settings)
             offers = exchange_offers(
                 links, self._offer(prepared, name, version, listener.handle, settings), settings.join_timeout
             )
@@ -149,35 +149,44 @@ class Updater:
             poll(lambda: bool(links.lost), CAUSE_SECONDS)
         gone = [rank for rank, why in links.lost.items() if why != LEFT]  # who failed for the same reason has left already
         rank = min(gone, default=links.rank)
-        reason = str(error) if isinstance(error, CheckpointEngineError) else f"{type(error).__name__}: {error}"
+        reason = said(error)
         return Failure(number, rank, hosts[rank], "join", reason)
 
     def _give_back(self, name: str, settings: Settings) -> None:
         """After a good update only: after a failure some worker may still have the ring mapped."""
-        self._keeper.settle(self._gatherer.ring_bytes(name))
+        self._keeper.settle(self._ring_bytes(name))
         if settings.free_after_update:
             self._keeper.free()
 
-    def _prepare(self, stack: contextlib.ExitStack, name: str, settings: Settings) -> Prepared | Exception:
+    def _ring_bytes(self, name: str) -> int:
+        """Of a ring that no tensor enlarged."""
+        return self._gatherer.ring_bytes(name)
+
+    def _try_to_prepare(self, stack: contextlib.ExitStack, name: str, settings: Settings) -> Prepared | Exception:
         """Everything on this rank that can fail before the others need to know; a failure travels in the offer."""
         try:
-            manifest, plan = self._gatherer.plan(name)
-            mine = manifest.ranks[self._fleet.rank].regions
-            regions: tuple[HostRegion, ...] = ()
-            if mine:
-                checkpoint = stack.enter_context(self._registry.use(name))
-                if checkpoint.metas() != mine:
-                    raise AgreementError(f"checkpoint {name!r} was registered anew after gather_metas: gather again")
-                regions = checkpoint.regions
-            shared = describe(regions) if self._puller.shares(settings) else None
-            if shared is None or not self._puller.likely(settings):  # else there may be no need of a lane
-                self._keeper.prepare(plan)
-            self._keeper.mend()
-            return Prepared(manifest, plan, regions, shared)
+            return self._prepare(stack, name, settings)
         except Exception as e:  # of any kind: the others must not wait for this rank
             if self._fleet.world_size == 1:
                 raise
             return e
+
+    def _prepare(self, stack: contextlib.ExitStack, name: str, settings: Settings) -> Prepared:
+        manifest, plan = self._gatherer.plan(name)
+        mine = manifest.ranks[self._fleet.rank].regions
+        regions = self._use(stack, name, mine) if mine else ()
+        shared = describe(regions) if self._puller.shares(settings) else None
+        if shared is None or not self._puller.likely(settings):  # else there may be no need of a lane
+            self._keeper.prepare(plan)
+        self._keeper.mend()
+        return Prepared(manifest, plan, regions, shared)
+
+    def _use(self, stack: contextlib.ExitStack, name: str, gathered: tuple[RegionMeta, ...]) -> tuple[HostRegion, ...]:
+        """This rank's own regions, kept until `stack` ends. Raises AgreementError when they are not those that were gathered."""
+        checkpoint = stack.enter_context(self._registry.use(name))
+        if checkpoint.metas() != gathered:
+            raise AgreementError(f"checkpoint {name!r} was registered anew after gather_metas: gather again")
+        return checkpoint.regions
 
     def _offer(self, prepared: Prepared | Exception, name: str, version: str | None, handle: str, settings: Settings) -> Offer:
         host = socket.gethostname()

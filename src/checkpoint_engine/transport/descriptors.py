@@ -9,6 +9,10 @@ from pathlib import Path
 import msgspec
 
 
+class AnotherFileError(OSError):
+    """A descriptor that can be opened is not what was announced."""
+
+
 class SharedDescriptor(msgspec.Struct, frozen=True, array_like=True):
     """`nbytes` of memory behind a descriptor of process `pid`; the inode proves that it is still the same."""
 
@@ -23,11 +27,12 @@ class SharedDescriptor(msgspec.Struct, frozen=True, array_like=True):
         return cls(os.getpid(), descriptor, os.fstat(descriptor).st_ino, nbytes)
 
     def open(self, flags: int) -> int:
-        """A descriptor of this process. Raises OSError when it cannot be opened, or is not what was announced."""
+        """A descriptor of this process. Raises OSError when it cannot be opened, AnotherFileError when it is not what was
+        announced."""
         descriptor = os.open(f"/proc/{self.pid}/fd/{self.descriptor}", flags | os.O_CLOEXEC)
         if os.fstat(descriptor).st_ino != self.inode:
             os.close(descriptor)
-            raise OSError(f"descriptor {self.descriptor} of process {self.pid} is another file by now")
+            raise AnotherFileError(f"descriptor {self.descriptor} of process {self.pid} is another file by now")
         return descriptor
 
 

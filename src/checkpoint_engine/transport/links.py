@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from checkpoint_engine.devices.base import Closing
-from checkpoint_engine.errors import AgreementError, CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError
+from checkpoint_engine.errors import AgreementError, CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, said
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.meeting import LEADER, LinkChannel, meet
 from checkpoint_engine.transport.messages import Failure, Give, Given, Goodbye, Introduce, Lost, OverLink, Withdrawn
@@ -100,7 +100,7 @@ class Links(Closing):
         except Exception as e:  # of any kind: this thread reads for all the others
             self._selector.unregister(channel)
             channel.shutdown()  # the peer must hear that nobody listens to it any more
-            self._lose(peer, str(e) if isinstance(e, CheckpointEngineError) else f"{type(e).__name__}: {e}")
+            self._lose(peer, said(e))
 
     def _dispatch(self, peer: int, message: OverLink) -> None:
         with self._changed:

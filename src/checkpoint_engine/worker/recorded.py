@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from checkpoint_engine.devices.base import Device
-from checkpoint_engine.errors import CheckpointEngineError
+from checkpoint_engine.errors import said
 from checkpoint_engine.loads.plan import LoadPlan, checkpoint_fingerprint
 from checkpoint_engine.loads.proof import Proof
 from checkpoint_engine.loads.recordable import Recordable
@@ -129,7 +129,7 @@ class Loads:
         try:
             bucket.prepared.replay(views.memories)
         except Exception as e:  # of any kind: the loader can do without it
-            self._broken = f"a replay failed: {_said(e)}"
+            self._broken = f"a replay failed: {said(e)}"
         self._spend("replay" if self.way is Way.REPLAY else "prove", start)
         if not bucket.rest or self._broken is not None:
             return 0.0
@@ -216,16 +216,12 @@ class Loads:
         except Exception as e:
             self._recorder = None
             if self.way is Way.PROVE:
-                self._broken = f"{what}: {_said(e)}"
+                self._broken = f"{what}: {said(e)}"
             else:
-                self._refuse(f"{what}: {_said(e)}")
+                self._refuse(f"{what}: {said(e)}")
 
     def _spend(self, stage: str, start: float) -> None:
         self.spent[stage] = self.spent.get(stage, 0.0) + time.perf_counter() - start
-
-
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, CheckpointEngineError) else f"{type(error).__name__}: {error}"
 
 
 def _fingerprint(layout: str, tables: Sequence[Table]) -> str:

@@ -14,7 +14,14 @@ import torch
 import zmq
 
 from checkpoint_engine.devices.base import Device, Event, Mapping, get_device
-from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, WorkerUpdateError
+from checkpoint_engine.errors import (
+    CheckpointEngineError,
+    DeadlineError,
+    PeerLostError,
+    ProtocolError,
+    WorkerUpdateError,
+    said,
+)
 from checkpoint_engine.loads.recordable import Recordable
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.messages import (
@@ -93,7 +100,7 @@ def _no_collection() -> Iterator[None]:
 class _Failure(Exception):
     def __init__(self, stage: str, bucket: int, error: BaseException) -> None:
         self.stage, self.bucket = stage, bucket
-        self.reason = str(error) if isinstance(error, CheckpointEngineError) else f"{type(error).__name__}: {error}"
+        self.reason = said(error)
 
 
 class _Session:

@@ -47,7 +47,7 @@ class PeerOffer(msgspec.Struct, frozen=True):
 
     name         for messages: "rank 3 (host-a)"
     addresses    (host, port), one for each network interface it listens on
-    whereabouts  equal to the reader's own (`shm.whereabouts`) where it can open the source's descriptors
+    whereabouts  equal to the reader's own (`descriptors.whereabouts`) where it can open the source's descriptors
     transports   implementations that it offers, "tcp" always among them
     """
 

@@ -10,17 +10,17 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import torch
 
-from checkpoint_engine.errors import ProtocolError, SettingsError, TransferError
-from checkpoint_engine.transport.peer.base import Deadline, Destination, PeerOffer, PeerOptions, PeerTransport, RegionOffer
-from checkpoint_engine.transport.peer.connecting import Lease, address_of
-from checkpoint_engine.transport.peer.onesided import Mover, OneSidedLane
-from checkpoint_engine.transport.peer.reading import LanePeer, Piece, failing
+from checkpoint_engine.errors import SettingsError, TransferError
+from checkpoint_engine.transport.peer.base import Destination, PeerOptions
+from checkpoint_engine.transport.peer.connecting import Lease
+from checkpoint_engine.transport.peer.lanes import LaneTransport
+from checkpoint_engine.transport.peer.onesided import Mover, OneSidedLane, read_tickets
+from checkpoint_engine.transport.peer.reading import LanePeer, Piece
 from checkpoint_engine.transport.peer.served import Served
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def _engine_class() -> Any:
         ) from e
 
 
-class MooncakeTransport(PeerTransport):
+class MooncakeTransport(LaneTransport):
     """One engine. The port it listens on is open on all interfaces and asks nobody for a token (Mooncake's way): for trusted
     networks only."""
 
@@ -57,7 +57,7 @@ class MooncakeTransport(PeerTransport):
 
     def __init__(self, options: PeerOptions) -> None:
         """Raises SettingsError when it is not installed, TransferError when the engine does not start."""
-        self._options = options
+        super().__init__(options, lanes=1)
         engine_class = _engine_class()
         self._lock = threading.Lock()
         self._destinations: set[Destination] = set()  # what is registered must not be freed
@@ -105,21 +105,8 @@ class MooncakeTransport(PeerTransport):
         if code != 0:
             log.warning("Mooncake did not unregister %d bytes (error %d)", nbytes, code)
 
-    def connect(
-        self, offer: PeerOffer, *, seconds: float, regions: Sequence[RegionOffer] | None = None, nic: int = 0
-    ) -> LanePeer:
-        deadline = Deadline.after(seconds)
-        address = address_of(offer, nic)
-        regions = offer.regions if regions is None else regions
-        peer = LanePeer(offer.name, address, regions, self._options.piece_bytes)
-        lanes: list[OneSidedLane[int]] = []
-        with failing(lanes):
-            lease = Lease(peer.name, address, offer.token, self.kind, regions, deadline)
-            mover = MooncakeMover(peer.name, self._engine, self._options.connections)
-            lanes.append(OneSidedLane(peer, lease, mover))
-            mover.open(lease.tickets)
-        peer.start(lanes)
-        return peer
+    def _lane(self, peer: LanePeer, lease: Lease) -> OneSidedLane[int]:
+        return OneSidedLane(peer, lease, MooncakeMover(peer.name, self._engine, self._options.connections))
 
     def close(self) -> None:
         self._engine = None  # its destructor ends it, once no lane has it any more
@@ -132,12 +119,7 @@ class MooncakeMover(Mover[int]):
         self._failed: set[int] = set()
 
     def open(self, tickets: dict[int, bytes]) -> None:
-        """Raises ProtocolError."""
-        for region, encoded in tickets.items():
-            try:
-                self._tickets[region] = msgspec.msgpack.decode(encoded, type=Ticket)
-            except msgspec.MsgspecError as e:
-                raise ProtocolError(f"{self._peer}, stage open, region {region}: {e}") from e
+        self._tickets = dict(read_tickets(self._peer, tickets, Ticket))
 
     def start(self, piece: Piece) -> int:
         op, ticket = piece.op, self._tickets[piece.op.region]

@@ -9,17 +9,17 @@ from __future__ import annotations
 import importlib
 import secrets
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import torch
 
-from checkpoint_engine.errors import ProtocolError, SettingsError, TransferError
-from checkpoint_engine.transport.peer.base import Deadline, Destination, PeerOffer, PeerOptions, PeerTransport, RegionOffer
-from checkpoint_engine.transport.peer.connecting import Lease, address_of
-from checkpoint_engine.transport.peer.onesided import Mover, OneSidedLane
-from checkpoint_engine.transport.peer.reading import LanePeer, Piece, failing
+from checkpoint_engine.errors import SettingsError, TransferError
+from checkpoint_engine.transport.peer.base import Destination, PeerOptions
+from checkpoint_engine.transport.peer.connecting import Lease
+from checkpoint_engine.transport.peer.lanes import LaneTransport
+from checkpoint_engine.transport.peer.onesided import Mover, OneSidedLane, read_tickets
+from checkpoint_engine.transport.peer.reading import LanePeer, Piece
 from checkpoint_engine.transport.peer.served import Served
 
 _unreleased: list[Any] = []
@@ -43,14 +43,14 @@ def _api() -> Any:
         ) from e
 
 
-class NixlTransport(PeerTransport):
+class NixlTransport(LaneTransport):
     """One agent with the UCX back end, which chooses its own devices (UCX_TLS, UCX_NET_DEVICES)."""
 
     kind = "nixl"
 
     def __init__(self, options: PeerOptions) -> None:
         """Raises SettingsError when it is not installed, TransferError when the agent does not start."""
-        self._options = options
+        super().__init__(options, lanes=1)
         api = _api()
         try:
             self._agent = api.nixl_agent(f"checkpoint-engine-{secrets.token_hex(8)}", api.nixl_agent_config(backends=["UCX"]))
@@ -93,42 +93,25 @@ class NixlTransport(PeerTransport):
         except Exception as e:
             raise TransferError("this host", "unregister", f"NIXL did not: {type(e).__name__}: {e}") from e
 
-    def connect(
-        self, offer: PeerOffer, *, seconds: float, regions: Sequence[RegionOffer] | None = None, nic: int = 0
-    ) -> LanePeer:
-        deadline = Deadline.after(seconds)
-        address = address_of(offer, nic)
-        regions = offer.regions if regions is None else regions
-        peer = LanePeer(offer.name, address, regions, self._options.piece_bytes)
-        lanes: list[OneSidedLane[Any]] = []
-        with failing(lanes):
-            lease = Lease(peer.name, address, offer.token, self.kind, regions, deadline)
-            mover = NixlMover(peer.name, self._agent, self._options.connections)
-            lanes.append(OneSidedLane(peer, lease, mover))
-            with self._lock:
-                mover.open(lease.tickets)
-        peer.start(lanes)
-        return peer
+    def _lane(self, peer: LanePeer, lease: Lease) -> OneSidedLane[Any]:
+        return OneSidedLane(peer, lease, NixlMover(peer.name, self._agent, self._lock, self._options.connections))
 
     def close(self) -> None:
         self._agent = None  # its destructor ends it, once no lane has it any more
 
 
 class NixlMover(Mover[Any]):
-    def __init__(self, peer: str, agent: Any, ahead: int) -> None:
-        self._peer, self._agent, self.ahead = peer, agent, ahead
+    def __init__(self, peer: str, agent: Any, lock: threading.Lock, ahead: int) -> None:
+        """lock: of those who change what the agent knows."""
+        self._peer, self._agent, self._lock, self.ahead = peer, agent, lock, ahead
         self._sources: dict[int, tuple[str, int]] = {}
         self._failed: set[int] = set()
 
     def open(self, tickets: dict[int, bytes]) -> None:
-        """Raises ProtocolError, TransferError."""
-        for region, encoded in tickets.items():
+        for region, ticket in read_tickets(self._peer, tickets, Ticket):
             try:
-                ticket = msgspec.msgpack.decode(encoded, type=Ticket)
-            except msgspec.MsgspecError as e:
-                raise ProtocolError(f"{self._peer}, stage open, region {region}: {e}") from e
-            try:
-                name = self._agent.add_remote_agent(ticket.metadata)
+                with self._lock:
+                    name = self._agent.add_remote_agent(ticket.metadata)
             except Exception as e:
                 raise TransferError(self._peer, "open", f"NIXL does not take its metadata: {e}", region) from e
             self._sources[region] = (name.decode() if isinstance(name, bytes) else name, ticket.address)

@@ -10,16 +10,31 @@ import collections
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+import msgspec
+
+from checkpoint_engine.errors import ProtocolError
 from checkpoint_engine.transport.peer.connecting import Lease
 from checkpoint_engine.transport.peer.reading import Lane, LanePeer, Piece
 
 Started = TypeVar("Started")
+Ticket = TypeVar("Ticket")
 
 BUSY_SECONDS = 50e-6
 LAZY_SECONDS = 0.2
 """Between two looks at an operation: at first, and once nobody waits for it any more."""
+
+
+def read_tickets(peer: str, tickets: dict[int, bytes], kind: type[Ticket]) -> Iterator[tuple[int, Ticket]]:
+    """Each region's ticket. Raises ProtocolError."""
+    for region, encoded in tickets.items():
+        try:
+            ticket = msgspec.msgpack.decode(encoded, type=kind)
+        except msgspec.MsgspecError as e:
+            raise ProtocolError(f"{peer}, stage open, region {region}: {e}") from e
+        yield region, ticket
 
 
 class Mover(ABC, Generic[Started]):
@@ -27,6 +42,10 @@ class Mover(ABC, Generic[Started]):
 
     ahead = 1
     """Operations under way at a time."""
+
+    @abstractmethod
+    def open(self, tickets: dict[int, bytes]) -> None:
+        """tickets: region -> what `PeerTransport.export` said of it. Raises ProtocolError, RegionGoneError, TransferError."""
 
     @abstractmethod
     def start(self, piece: Piece) -> Started:
@@ -50,6 +69,9 @@ class OneSidedLane(Lane, Generic[Started]):
         self._lease, self._mover = lease, mover
         self._ended = threading.Event()
         self._moving: collections.deque[tuple[Piece, Started]] = collections.deque()
+
+    def open(self) -> None:
+        self._mover.open(self._lease.tickets)
 
     def carry(self) -> None:
         while not self._ended.is_set():

@@ -148,6 +148,9 @@ class Lane(ABC):
         finally:
             self.wind_up()
 
+    def open(self) -> None:  # noqa: B027
+        """Before it carries anything: make ready. Raises what ends the connection."""
+
     @abstractmethod
     def carry(self) -> None:
         """Carry pieces until the peer has none any more. Raises what ends the connection."""

@@ -28,7 +28,6 @@ class Served:
 
     offer: RegionOffer
     fd: int
-    inode: int
     address: int
     memory: object
     tickets: dict[str, bytes] = field(default_factory=dict)
@@ -54,8 +53,7 @@ class RegionTable:
         """A region that nobody can lease before `publish`. Raises CheckpointError when it is closed."""
         tensor = region.tensor
         offer = RegionOffer(next(self._numbers), 1 + secrets.randbelow((1 << GENERATION_BITS) - 1), region.nbytes)
-        fd = os.dup(region.fd)
-        return Served(offer, fd, os.fstat(fd).st_ino, tensor.data_ptr(), tensor)
+        return Served(offer, os.dup(region.fd), tensor.data_ptr(), tensor)
 
     def publish(self, served: Served) -> None:
         """Raises SettingsError when the table is closed."""

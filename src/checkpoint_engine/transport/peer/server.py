@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 
 from checkpoint_engine.devices.base import Closing
 from checkpoint_engine.memory.region import HostRegion
+from checkpoint_engine.transport.descriptors import whereabouts
 from checkpoint_engine.transport.peer.base import PeerOffer, PeerTransport, RegionOffer
 from checkpoint_engine.transport.peer.served import RegionTable, Served
 from checkpoint_engine.transport.peer.serving import ServerLimits, Serving
-from checkpoint_engine.transport.peer.shm import whereabouts
 
 log = logging.getLogger(__name__)
 

@@ -6,44 +6,30 @@ Its rates say nothing of a network's: reports must name it. Needs the same user 
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
-from checkpoint_engine.errors import ProtocolError, RegionGoneError, TransferError
-from checkpoint_engine.transport.peer.base import Deadline, PeerOffer, PeerOptions, PeerTransport, RegionOffer
-from checkpoint_engine.transport.peer.connecting import Lease, address_of
-from checkpoint_engine.transport.peer.onesided import Mover, OneSidedLane
-from checkpoint_engine.transport.peer.reading import LanePeer, Piece, failing
+from checkpoint_engine.errors import RegionGoneError, TransferError
+from checkpoint_engine.transport.descriptors import AnotherFileError, SharedDescriptor, whereabouts
+from checkpoint_engine.transport.peer.base import PeerOffer, PeerOptions, RegionOffer
+from checkpoint_engine.transport.peer.connecting import Lease
+from checkpoint_engine.transport.peer.lanes import LaneTransport
+from checkpoint_engine.transport.peer.onesided import Mover, OneSidedLane, read_tickets
+from checkpoint_engine.transport.peer.reading import LanePeer, Piece
 from checkpoint_engine.transport.peer.served import Served
 
 
-class Ticket(msgspec.Struct, frozen=True, array_like=True):
-    """A descriptor of process `pid`, and the inode that proves that it is still the same file."""
-
-    pid: int
-    descriptor: int
-    inode: int
-
-
-def whereabouts() -> str:
-    """Equal for processes that can open each other's descriptors: host, boot, PID namespace and user."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
-
-
-class ShmTransport(PeerTransport):
+class ShmTransport(LaneTransport):
     """Cancelling quiesces: a copy is a system call of the lane's own thread, and ends whatever the source does."""
 
     kind = "shm"
 
     def __init__(self, options: PeerOptions) -> None:
-        self._options = options
+        super().__init__(options, options.connections)
 
     def export(self, region: Served) -> bytes:
-        return msgspec.msgpack.encode(Ticket(os.getpid(), region.fd, region.inode))
+        return msgspec.msgpack.encode(SharedDescriptor.of(region.fd, region.offer.nbytes))
 
     def unexport(self, region: Served) -> None:
         pass
@@ -54,19 +40,10 @@ class ShmTransport(PeerTransport):
         """Also raises TransferError when the source is on another host, or its memory cannot be opened."""
         if offer.whereabouts != whereabouts():
             raise TransferError(offer.name, "connect", "not on this host, or another user or PID namespace: shm cannot be used")
-        deadline = Deadline.after(seconds)
-        address = address_of(offer, nic)
-        regions = offer.regions if regions is None else regions
-        peer = LanePeer(offer.name, address, regions, self._options.piece_bytes)
-        lanes: list[OneSidedLane[None]] = []
-        with failing(lanes):
-            for _ in range(self._options.connections):
-                lease = Lease(peer.name, address, offer.token, "shm", regions, deadline)
-                mover = ShmMover(peer.name)
-                lanes.append(OneSidedLane(peer, lease, mover))
-                mover.open(lease.tickets)
-        peer.start(lanes)
-        return peer
+        return super().connect(offer, seconds=seconds, regions=regions, nic=nic)
+
+    def _lane(self, peer: LanePeer, lease: Lease) -> OneSidedLane[None]:
+        return OneSidedLane(peer, lease, ShmMover(peer.name))
 
     def close(self) -> None:
         pass
@@ -80,19 +57,13 @@ class ShmMover(Mover[None]):
         self._descriptors: dict[int, int] = {}
 
     def open(self, tickets: dict[int, bytes]) -> None:
-        """Raises TransferError, RegionGoneError, ProtocolError."""
-        for region, encoded in tickets.items():
+        for region, shared in read_tickets(self._peer, tickets, SharedDescriptor):
             try:
-                ticket = msgspec.msgpack.decode(encoded, type=Ticket)
-            except msgspec.MsgspecError as e:
-                raise ProtocolError(f"{self._peer}, stage open, region {region}: {e}") from e
-            try:
-                descriptor = os.open(f"/proc/{ticket.pid}/fd/{ticket.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+                self._descriptors[region] = shared.open(os.O_RDONLY)
+            except AnotherFileError as e:
+                raise RegionGoneError(self._peer, "open", "its descriptor is another file by now", region) from e
             except OSError as e:
                 raise TransferError(self._peer, "open", f"its memory cannot be opened: {e}", region) from e
-            self._descriptors[region] = descriptor
-            if os.fstat(descriptor).st_ino != ticket.inode:
-                raise RegionGoneError(self._peer, "open", "its descriptor is another file by now", region)
 
     def start(self, piece: Piece) -> None:
         op = piece.op

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
 
 from checkpoint_engine.errors import ProtocolError
 from checkpoint_engine.transport.peer.base import (
-    Deadline,
-    PeerOffer,
     PeerOptions,
-    PeerTransport,
-    RegionOffer,
 )
-from checkpoint_engine.transport.peer.connecting import Lease, address_of, unexpected
-from checkpoint_engine.transport.peer.reading import Lane, LanePeer, Piece, failing
+from checkpoint_engine.transport.peer.connecting import Lease, unexpected
+from checkpoint_engine.transport.peer.lanes import LaneTransport
+from checkpoint_engine.transport.peer.reading import Lane, LanePeer, Piece
 from checkpoint_engine.transport.peer.served import Served
 from checkpoint_engine.transport.peer.wire import Bytes, Confirm, Confirmed, Fetch
 
@@ -22,13 +18,13 @@ AHEAD = 2
 """Pieces asked for at a time on one connection, so that the source always has one to send."""
 
 
-class TcpTransport(PeerTransport):
+class TcpTransport(LaneTransport):
     """Cancelling quiesces: only the lanes' own threads write, and they have ended by then."""
 
     kind = "tcp"
 
     def __init__(self, options: PeerOptions) -> None:
-        self._options = options
+        super().__init__(options, options.connections)
 
     def export(self, region: Served) -> bytes:
         return b""
@@ -36,19 +32,8 @@ class TcpTransport(PeerTransport):
     def unexport(self, region: Served) -> None:
         pass
 
-    def connect(
-        self, offer: PeerOffer, *, seconds: float, regions: Sequence[RegionOffer] | None = None, nic: int = 0
-    ) -> LanePeer:
-        deadline = Deadline.after(seconds)
-        address = address_of(offer, nic)
-        regions = offer.regions if regions is None else regions
-        peer = LanePeer(offer.name, address, regions, self._options.piece_bytes)
-        lanes: list[TcpLane] = []
-        with failing(lanes):
-            for _ in range(self._options.connections):
-                lanes.append(TcpLane(peer, Lease(peer.name, address, offer.token, "tcp", regions, deadline)))
-        peer.start(lanes)
-        return peer
+    def _lane(self, peer: LanePeer, lease: Lease) -> TcpLane:
+        return TcpLane(peer, lease)
 
     def close(self) -> None:
         pass
