@@ -1,12 +1,14 @@
 """Time a full weight update of a tensor-parallel model through whichever `checkpoint_engine` is on PYTHONPATH.
 
-    PYTHONPATH=<implementation> torchrun --nproc-per-node N side.py MODEL [--rounds 5] [--verify] [--label NAME] [--out FILE]
+    PYTHONPATH=<implementation> torchrun --nproc-per-node N side.py MODEL [--rounds 5] [--verify] [--label NAME] [--out FILE] [--recorded]
 
 One parameter server per rank, one worker process per GPU holding a TP=N shard (tpmodel.py) that loads the way vLLM's
 loaders do. Uses only the names of the drop-in contract, so that two implementations run on the same work. A round is
 `gather_metas` + `update` and ends when the slowest rank's worker has returned; parameters are zeroed before each, so that
 `--verify` proves the last round. Memory is compared with the moment before the server was made. Prints a line per
-round and appends a JSON record to FILE.
+round and appends a JSON record to FILE. --recorded names the model to the session, which only ours takes: its loads are
+recorded and proved in the first round and replayed from then on, so the median leaves out the first two rounds.
+Without a GPU ours runs on the CPU, to rehearse; memory is then not measured.
 """
 import argparse, json, os, random, statistics, sys, threading, time
 
@@ -18,6 +20,31 @@ from tpmodel import TPModel
 from zoo import ZOO, nbytes
 
 GIB = 1 << 30
+CUDA = torch.cuda.is_available()
+
+
+def use(rank: int) -> str:
+    """Bind this thread to the rank's device, whose name is returned."""
+    if CUDA:
+        torch.cuda.set_device(rank)
+    return "cuda" if CUDA else "cpu"
+
+
+def wait():
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def free_bytes() -> int:
+    return torch.cuda.mem_get_info()[0] if CUDA else 0
+
+
+def named(shard: TPModel) -> torch.nn.Module:
+    """The shard's parameters as a module, by which a session finds them."""
+    module = torch.nn.Module()
+    for name, tensor in shard.p.items():
+        module.register_buffer(name.replace(".", "_"), tensor)
+    return module
 
 
 def base_bytes() -> torch.Tensor:
@@ -34,19 +61,20 @@ def source(base: torch.Tensor, index: int, t) -> torch.Tensor:
     return base[off:off + size].view(t[2]).view(t[1])
 
 
-def worker(rank, tp, uuid, model, verify, requests, replies):
+def worker(rank, tp, uuid, model, verify, recorded, requests, replies):
     import zmq
     from checkpoint_engine.worker import update_weights_from_ipc
-    torch.cuda.set_device(rank)
+    device = use(rank)
     spec, ctx = ZOO[model](), zmq.Context()
-    shard = TPModel(spec, tp, rank, "cuda")
-    torch.cuda.synchronize()
+    shard = TPModel(spec, tp, rank, device)
+    more = {"model": named(shard)} if recorded else {}
+    wait()
     replies.put("ready")
     while (paths := requests.get()) is not None:
         if paths == "zero":
             for p in shard.p.values():
                 p.zero_()
-            torch.cuda.synchronize()
+            wait()
             replies.put("zeroed")
             continue
         inside = [0.0, 0]
@@ -56,13 +84,14 @@ def worker(rank, tp, uuid, model, verify, requests, replies):
             shard.load_weights(weights)
             inside[0] += time.perf_counter() - t
             inside[1] += 1
-        update_weights_from_ipc(ctx, dict(paths)[uuid], device_id=rank, run=load, post_hook=None)
+        handle = dict(paths)[uuid] if CUDA else paths[rank][1]
+        update_weights_from_ipc(ctx, handle, device_id=rank, run=load, post_hook=None, **more)
         replies.put(inside)
     wrong = []
     if verify:
         base = base_bytes()
-        expected = TPModel(spec, tp, rank, "cuda")
-        expected.load_weights((t[0], source(base, i, t).cuda()) for i, t in enumerate(spec))
+        expected = TPModel(spec, tp, rank, device)
+        expected.load_weights((t[0], source(base, i, t).to(device)) for i, t in enumerate(spec))
         wrong = [k for k in shard.p if not torch.equal(shard.p[k].view(torch.uint8), expected.p[k].view(torch.uint8))]
     replies.put(wrong)
 
@@ -94,10 +123,11 @@ def main():
     ap.add_argument("--rounds", type=int, default=5)
     ap.add_argument("--verify", action="store_true")
     ap.add_argument("--label", default="")
+    ap.add_argument("--recorded", action="store_true")
     ap.add_argument("--out")
     a = ap.parse_args()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.cuda.set_device(rank)
+    use(rank)
     spec, base = ZOO[a.model](), base_bytes()
     mine, load = {}, [0] * world
     for i, t in enumerate(spec):                       # balanced by bytes
@@ -107,11 +137,11 @@ def main():
             mine[t[0]] = source(base, i, t)
     ctx = mp.get_context("spawn")
     requests, replies = ctx.Queue(), ctx.Queue()
-    uuid = f"GPU-{torch.cuda.get_device_properties(rank).uuid!s}"
-    proc = ctx.Process(target=worker, args=(rank, world, uuid, a.model, a.verify, requests, replies))
+    uuid = f"GPU-{torch.cuda.get_device_properties(rank).uuid!s}" if CUDA else ""
+    proc = ctx.Process(target=worker, args=(rank, world, uuid, a.model, a.verify, a.recorded, requests, replies))
     proc.start()
     assert replies.get() == "ready"
-    free0 = torch.cuda.mem_get_info()[0]
+    free0 = free_bytes()
     from checkpoint_engine.ps import ParameterServer
     ps = ParameterServer(auto_pg=True)
     t0 = time.perf_counter()
@@ -125,9 +155,9 @@ def main():
         low, stop = [1 << 62], threading.Event()
 
         def watch():
-            torch.cuda.set_device(rank)            # or this thread makes a context on GPU 0, half a GiB, and counts it
+            use(rank)                              # or this thread makes a context on GPU 0, half a GiB, and counts it
             while not stop.is_set():
-                low[0] = min(low[0], torch.cuda.mem_get_info()[0])
+                low[0] = min(low[0], free_bytes())
                 time.sleep(0.005)
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -139,7 +169,7 @@ def main():
         t2 = time.perf_counter()
         stop.set(), watcher.join()
         total = max(meet(t2 - t0))
-        held = free0 - torch.cuda.mem_get_info()[0]
+        held = free0 - free_bytes()
         seconds.append((t1 - t0, total))
         extra = max(extra, free0 - low[0])
         if rank == 0:
@@ -150,7 +180,7 @@ def main():
     wrong = replies.get()
     proc.join()
     if rank == 0:
-        med = statistics.median(s[1] for s in seconds[1:] or seconds)
+        med = statistics.median(s[1] for s in seconds[2 if a.recorded else 1:] or seconds)
         rec = dict(label=a.label, model=a.model, gpus=world, gb=round(gb, 2), tensors=len(spec), register_s=round(registered, 2),
                    median_s=round(med, 4), gather_s=round(seconds[-1][0], 4), gb_per_s=round(gb / med, 1), first_s=round(seconds[0][1], 3),
                    inside_load_s=round(inside[0], 3), extra_gpu_gib=round(extra / GIB, 2), held_gpu_gib=round(held / GIB, 2), verified=(a.verify and not wrong), wrong=wrong[:5])
