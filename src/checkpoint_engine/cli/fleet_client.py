@@ -66,7 +66,7 @@ class FleetClient:
     """A context manager. Calls raise RemoteError; PeerLostError when nobody answers, DeadlineError when not in time."""
 
     def __init__(self, url: str, uds: Path | None = None, token: str | None = None) -> None:
-        """Raises SettingsError for what is no URL."""
+        """Raises SettingsError for what is no URL, PeerLostError for what is no socket."""
         self.name = f"the server at {url if uds is None else f'unix:{uds}'}"
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
@@ -75,6 +75,8 @@ class FleetClient:
             raise SettingsError(f"{url!r} is not a URL: {e}") from None
         if base.scheme not in ("http", "https") or not base.host:
             raise SettingsError(f"{url!r} is not an http URL")
+        if uds is not None and not uds.is_socket():
+            raise PeerLostError(self.name, "there is no such socket")
         transport = httpx.HTTPTransport(uds=str(uds)) if uds is not None else None
         # A fleet is no web site: whatever proxy the environment names does not lead to it.
         self._client = httpx.Client(base_url=base, headers=headers, transport=transport, trust_env=False)
