@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import threading
+import time
 from collections import Counter
 
 import msgspec
@@ -13,6 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checkpoint_engine.devices.cpu import CpuStream
+from checkpoint_engine.devices.spans import Spans
 from checkpoint_engine.errors import SettingsError
 from checkpoint_engine.timeline import Recorder, Span, Timeline, Trace, coalesce, from_chrome, span_limit, summarise, to_chrome
 from checkpoint_engine.timeline.chrome import tracks
@@ -115,6 +118,32 @@ def test_what_a_worker_recorded() -> None:
     assert recorder.take() == (Span("load", 0, 2.0, 1.0, 30, 2), Span("load", 5, 3.0, 1.0))
     recorder.add_worker((Span("load", 0, math.nan, 1.0), Span("load", 0, 102.0, math.inf)), 100.5, 104.0, [10])
     assert recorder.take() == ()
+
+
+def test_streams_say_when_their_work_was_done() -> None:
+    """A second pass begins anew; without a clock only seconds are counted."""
+    with CpuStream("lift") as stream:
+        spans = Spans()
+        for clock in (stream.clock(), None):
+            spans.begin(clock)
+            before = time.perf_counter()
+            for _ in range(3):
+                since = stream.record()
+                stream.call(lambda: time.sleep(0.001))
+                spans.add(stream, since, stream.record())
+            assert stream.record().wait(20)
+            after = time.perf_counter()
+            seconds, times = spans.take()
+            assert 0.003 <= seconds <= after - before
+            assert len(times) == (3 if clock else 0)
+            for start, end in times:
+                assert before <= start <= end <= after
+            assert [start for start, _ in times] == sorted(start for start, _ in times)
+        assert spans.take() == (0.0, [])
+        spans.add(stream, stream.record(), stream.record())  # of a pass that failed
+        spans.begin(None)
+        assert stream.record().wait(20)
+        assert spans.take() == (0.0, [])
 
 
 # --- Chrome's format ----------------------------------------------------------------------------------------------------

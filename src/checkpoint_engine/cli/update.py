@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -19,7 +20,6 @@ from checkpoint_engine.cli.report import show, write_trace
 from checkpoint_engine.errors import CheckpointEngineError, ReplicaError, SettingsError
 
 if TYPE_CHECKING:
-    from checkpoint_engine.engines import Engine, Policy
     from checkpoint_engine.server import RolloutReport
 
 
@@ -75,40 +75,22 @@ def update(
     engines with whole weights are resumed, and those with a mixture stay paused. With --on-replica-failure continue the
     command succeeds if some engine was updated, and says which were not.
     """
-    endpoint = endpoint or []
+    places = sockets(endpoint or [], uds)
+    asked = {"pause": pause, "resume_dirty": resume_dirty, "on_replica_failure": on_replica_failure, "ready_seconds": wait}
     if url is not None:
         from checkpoint_engine.cli.remote_update import remote_update
 
-        body = {
-            "checkpoint": checkpoint,
-            "engines": [{"kind": engine, "url": place, "uds": path, "token": token} for place, path in sockets(endpoint, uds)],
-            "version": weight_version,
-            "pause": pause,
-            "resume_dirty": resume_dirty,
-            "on_replica_failure": on_replica_failure,
-            "ready_seconds": wait,
-            "timeout": timeout,
-        }
+        engines = [{"kind": engine, "url": place, "uds": path, "token": token} for place, path in places]
+        body = {"checkpoint": checkpoint, "engines": engines, "version": weight_version, "timeout": timeout, **asked}
         remote_update(url, body, trace, json_output=json_output)
         return
-    if not endpoint or inference_parallel_size is None:
+    if not places or inference_parallel_size is None:
         raise typer.BadParameter("--endpoint and --inference-parallel-size are needed, or --url of a serving fleet")
     rank, world_size = world(os.environ)
-    check_ranks(len(endpoint), inference_parallel_size, world_size)
+    check_ranks(len(places), inference_parallel_size, world_size)
     console = Console(file=sys.stderr if json_output else sys.stdout)
-
-    # Imported here, so that a mistake in the arguments is told at once.
-    from checkpoint_engine.engines import Policy, get_engine
-    from checkpoint_engine.memory.safetensors import checkpoint_files
-
-    limits = {"ready_seconds": wait, "call_seconds": timeout}
-    policy = Policy(pause=pause, resume_dirty=resume_dirty, on_replica_failure=on_replica_failure, **limits)
-    directory = Path(checkpoint)
-    files = [str(file) for file in checkpoint_files(directory)]
-    with ExitStack() as stack:
-        engines = [stack.enter_context(get_engine(engine, url, path, token)) for url, path in sockets(endpoint, uds)]
-        with notes(rank):
-            report = _update(console, name or directory.resolve().name, files, engines, policy, weight_version, timeout)
+    clients = [(engine, place, path, token) for place, path in places]
+    report = _update(console, Path(checkpoint), name, clients, asked, weight_version, timeout)
     if rank == 0:
         tell(console, report, trace, json_output=json_output)
 
@@ -128,20 +110,26 @@ def notes(rank: int) -> Iterator[None]:
 
 def _update(
     console: Console,
-    name: str,
-    files: list[str],
-    engines: Sequence[Engine],
-    policy: Policy,
+    checkpoint: Path,
+    name: str | None,
+    clients: Sequence[tuple[str, str, str | None, str | None]],
+    asked: dict[str, Any],
     version: str | None,
     timeout: float,
 ) -> RolloutReport:
-    from datetime import timedelta
-
+    """clients: arguments of get_engine. asked: of Policy."""
+    # Imported here, so that a mistake in the arguments is told at once.
+    from checkpoint_engine.engines import Policy, get_engine
+    from checkpoint_engine.memory.safetensors import checkpoint_files
     from checkpoint_engine.ps import ParameterServer
 
     rank, _ = world(os.environ)
-    leads = rank == 0
-    with ParameterServer() as ps:
+    leads, name = rank == 0, name or checkpoint.resolve().name
+    files = [str(file) for file in checkpoint_files(checkpoint)]
+    with ExitStack() as stack, notes(rank):
+        engines = [stack.enter_context(get_engine(*client)) for client in clients]
+        policy = Policy(call_seconds=timeout, **asked)
+        ps = stack.enter_context(ParameterServer())
         with meter(console, f"register {name}, share of rank {rank}", show=leads) as bar:
             ps.register_checkpoint(name, files=files, stripe=True, progress=bar.reach)
         ps.gather_metas(name)

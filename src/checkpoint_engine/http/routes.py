@@ -126,6 +126,21 @@ def update_routes(director: Director) -> APIRouter:
         director.record(id)
         return StreamingResponse(follow_update(director, id), media_type=EVENTS, headers={"Cache-Control": "no-store"})
 
+    @routes.delete("/v1/updates/{id}", status_code=202, responses=x.answers(x.STARTED, errors=(404, *LEADS), status=202))
+    async def cancel(id: str) -> UpdateRecord:
+        """Ask that it end, on all ranks, as if it had failed; follow it to see how it ended. Harmless once it is over.
+
+        It may have been committed before that. If bytes were loaded, the engines are dirty until the next complete update.
+        """
+        director.must_lead()
+        return director.cancel(id)
+
+    return routes
+
+
+def timeline_routes(director: Director) -> APIRouter:
+    routes = APIRouter(tags=["updates"])
+
     @routes.get("/v1/updates/{id}/timeline", response_model=TimelineView, responses=x.answers(x.TIMELINE, errors=(404, *LEADS)))
     async def timeline(id: str) -> Response:
         """When each stage was at work on which bucket, on every rank; of the last updates that were committed."""
@@ -138,15 +153,6 @@ def update_routes(director: Director) -> APIRouter:
         director.must_lead()
         made = await asyncio.to_thread(lambda: to_chrome(director.trace(id)))
         return Response(made, media_type=JSON, headers={"Content-Disposition": f'attachment; filename="update-{id}.trace.json"'})
-
-    @routes.delete("/v1/updates/{id}", status_code=202, responses=x.answers(x.STARTED, errors=(404, *LEADS), status=202))
-    async def cancel(id: str) -> UpdateRecord:
-        """Ask that it end, on all ranks, as if it had failed; follow it to see how it ended. Harmless once it is over.
-
-        It may have been committed before that. If bytes were loaded, the engines are dirty until the next complete update.
-        """
-        director.must_lead()
-        return director.cancel(id)
 
     return routes
 
