@@ -101,7 +101,8 @@ class Stream(Closing):
 
     @abstractmethod
     def clock(self) -> Clock:
-        """For events of all streams of this process on the device. To be made while nothing is queued on this stream."""
+        """For events of all streams of this process on the device. To be made while nothing is queued on this stream; it waits
+        for that. Raises DeadlineError."""
 
 
 class Device(ABC):

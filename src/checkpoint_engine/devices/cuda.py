@@ -19,10 +19,13 @@ from checkpoint_engine.devices.foreign import tensor_at
 from checkpoint_engine.devices.host_regions import HostRegions
 from checkpoint_engine.devices.numa import bind_to_node, gpu_node, place_on_node
 from checkpoint_engine.devices.polling import poll
-from checkpoint_engine.errors import DeviceError, ManifestError, ProtocolError
+from checkpoint_engine.errors import DeadlineError, DeviceError, ManifestError, ProtocolError
 
 GRANULE = 2 << 20
 """Bytes. cudaMalloc packs smaller allocations into one block of this size, and an IPC handle shares the whole block."""
+
+IDLE_SECONDS = 10.0
+"""For an event that was queued on an idle stream to be over."""
 
 _host_regions: dict[int, HostRegions] = {}  # of this process, by the device's index: they outlive sessions
 
@@ -137,6 +140,8 @@ class CudaStream(Stream):
     def clock(self) -> Clock:
         # The origin is over some 10 us after it was queued; later, by a time slice, where another process's kernels run.
         origin, now = self.record(), time.perf_counter()
+        if not origin.wait(IDLE_SECONDS):  # events that are over can be told from one that is over only
+            raise DeadlineError(f"{self._what} to be idle", IDLE_SECONDS)
         return lambda event: now + self.busy(origin, event)
 
     def close(self) -> None:

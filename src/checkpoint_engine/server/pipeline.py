@@ -90,7 +90,7 @@ class Pass:
 
         Raises PassError naming the stage, or Stopped after `stop`.
         """
-        self._stages.begin()
+        self._guard("lift", self._stages.begin)
         threads = [threading.Thread(target=self._guard, args=("share", self._deliver), name="deliver", daemon=True)]
         if self._worker is not None:
             threads.append(threading.Thread(target=self._guard, args=("load", self._collect), name="collect", daemon=True))

@@ -41,8 +41,11 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Timeline(msgspec.Struct, frozen=True):
-    """One rank's spans in one update. Their origin is the moment at which this rank had heard that all ranks take part: clocks
-    of several hosts are never compared, and the ranks' origins are apart by the time that a message takes."""
+    """One rank's spans in one update. rank: among those that are updated.
+
+    Their origin is the moment at which this rank had heard that all ranks take part: clocks of several hosts are never compared,
+    and the ranks' origins are apart by the time that a message takes.
+    """
 
     rank: int
     host: str
