@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -20,6 +21,7 @@ from checkpoint_engine.errors import SettingsError
 from checkpoint_engine.timeline import Recorder, Span, Timeline, Trace, coalesce, from_chrome, span_limit, summarise, to_chrome
 from checkpoint_engine.timeline.chrome import tracks
 from checkpoint_engine.timeline.intervals import intersection, length, union
+from checkpoint_engine.worker.work import Work
 from helpers.chrome import check_chrome
 
 # Whole numbers: sets of points are the model.
@@ -144,6 +146,23 @@ def test_streams_say_when_their_work_was_done() -> None:
         spans.begin(None)
         assert stream.record().wait(20)
         assert spans.take() == (0.0, [])
+
+
+def test_a_worker_whose_device_is_behind() -> None:
+    """What a load has queued is over later; it is only one bucket's turn at a time."""
+    work = Work(SimpleNamespace(kind="cuda"))  # type: ignore[arg-type]
+    start = time.perf_counter()
+    queued = [start + work.did("load", start, bucket) for bucket in range(2)]
+    for bucket, since in enumerate(queued):
+        work.copied(bucket, since)
+    work.did("plan", time.perf_counter())  # there was none to speak of
+    seconds, spans = work.take()
+    by_stage = {stage: [s for s in spans if s.stage == stage] for stage in ("load", "copy", "plan")}
+    assert [s.bucket for s in by_stage["load"]] == [s.bucket for s in by_stage["copy"]] == [0, 1]
+    first, second = by_stage["copy"]
+    assert first.start == pytest.approx(queued[0], abs=1e-9) and second.start == pytest.approx(first.end, abs=1e-9)
+    assert by_stage["plan"] == [] and seconds >= sum(s.seconds for s in by_stage["load"])
+    assert work.take() == (0.0, ())
 
 
 # --- Chrome's format ----------------------------------------------------------------------------------------------------
