@@ -54,7 +54,7 @@ def follow(fleet: FleetClient, id_: str, console: Console, *, lines: bool = Fals
     """The record of the update when it is over; meanwhile its progress on the console. lines: each record as JSON instead.
     Raises PeerLostError when the server goes first."""
     record: dict[str, Any] = {}
-    with meter(console, f"update {id_}", show=not lines) as bar:
+    with meter(console, f"update {id_}", show=console.is_terminal and not lines) as bar:  # its time here says nothing
         for kind, record in fleet.events(f"/v1/updates/{id_}/events"):
             if kind != "update":
                 continue
