@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from checkpoint_engine.timeline.intervals import Interval, intersection, length, union
 from checkpoint_engine.timeline.spans import STAGES, Span, Timeline, Trace
@@ -66,15 +66,14 @@ class Summary:
 def summarise(trace: Trace, ceilings: Mapping[str, float] | None = None) -> Summary:
     """ceilings: stage -> bytes per second, and "peer_copy", which is what a share by copies is measured by."""
     ranks = {timeline.rank: _sets(timeline) for timeline in trace.ranks}
-    stages = tuple(
-        max((_stage(stage, t, ranks[t.rank], _ceiling(stage, trace, ceilings or {})) for t in having), key=lambda s: s.busy)
-        for stage in _in_order({stage for sets in ranks.values() for stage in sets})
-        if (having := [t for t in trace.ranks if stage in ranks[t.rank]])
-    )
+    stages = []
+    for stage in _in_order({stage for sets in ranks.values() for stage in sets}):
+        longest = max((t for t in trace.ranks if stage in ranks[t.rank]), key=lambda t: length(ranks[t.rank][stage]))
+        stages.append(_stage(stage, longest, ranks[longest.rank], _ceiling(stage, trace, ceilings or {})))
     idle = max((_idle(sets.values()) for sets in ranks.values()), default=0.0)
     merged = sum(span.count > 1 for timeline in trace.ranks for span in timeline.spans)
     what = (trace.version, trace.method, len(trace.ranks), trace.nbytes, trace.seconds, idle, merged)
-    return Summary(*what, stages, _bound(stages, trace.seconds, idle))
+    return Summary(*what, tuple(stages), _bound(stages, trace.seconds, idle))
 
 
 def _sets(timeline: Timeline) -> dict[str, list[Interval]]:
@@ -110,7 +109,7 @@ def _idle(sets: Iterable[list[Interval]]) -> float:
     return covered[-1][1] - covered[0][0] - length(covered) if covered else 0.0
 
 
-def _bound(stages: tuple[StageSummary, ...], seconds: float, idle: float) -> str:
+def _bound(stages: Sequence[StageSummary], seconds: float, idle: float) -> str:
     longest = max(stages, key=lambda s: s.busy, default=None)
     if longest is None or seconds <= 0:
         return "No stage was at work."
