@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint_engine.devices.cpu import CpuStream
@@ -24,6 +24,7 @@ from checkpoint_engine.timeline.intervals import intersection, length, union
 from checkpoint_engine.worker.work import Work
 from helpers.chrome import check_chrome
 
+unhurried = settings(deadline=None)
 # Whole numbers: sets of points are the model.
 intervals = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=12)
 ticks = st.integers(0, 10_000_000).map(lambda ns: ns / 1e9)
@@ -44,6 +45,7 @@ def points(of: list[tuple[int, int]]) -> set[int]:
     return {point for start, end in of for point in range(start, end)}
 
 
+@unhurried
 @given(intervals, intervals)
 def test_sets_of_intervals_are_sets_of_points(first: list[tuple[int, int]], second: list[tuple[int, int]]) -> None:
     a, b = union(first), union(second)
@@ -58,6 +60,7 @@ def test_sets_of_intervals_are_sets_of_points(first: list[tuple[int, int]], seco
 # --- few spans out of many ----------------------------------------------------------------------------------------------
 
 
+@unhurried
 @given(st.lists(spans, max_size=60), st.integers(1, 40))
 def test_coalesced_spans(many: list[Span], limit: int) -> None:
     few = coalesce(many, limit)
@@ -168,6 +171,7 @@ def test_a_worker_whose_device_is_behind() -> None:
 # --- Chrome's format ----------------------------------------------------------------------------------------------------
 
 
+@unhurried
 @given(timelines)
 def test_traces_are_read_as_they_were_written(ranks: tuple[Timeline, ...]) -> None:
     trace = Trace("v1", "copies", 123, 0.5, ranks)
@@ -208,6 +212,7 @@ def test_an_event_without_its_arguments_is_refused() -> None:
 # --- summaries ----------------------------------------------------------------------------------------------------------
 
 
+@unhurried
 @given(timelines)
 def test_summaries_add_up(ranks: tuple[Timeline, ...]) -> None:
     found = summarise(Trace("v1", "copies", 123, 0.05, ranks), {"lift": 1e9})
