@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -37,6 +37,10 @@ OnFailure = Annotated[
 Version = Annotated[str | None, typer.Option(help="Version that the engines report from then on.")]
 Wait = Annotated[float, typer.Option(help="Seconds for an engine to become ready.", min=0.1)]
 Timeout = Annotated[float, typer.Option(help="Seconds for the update, and for each call around it.", min=0.1)]
+Verify = Annotated[
+    Literal["on", "off"] | None,
+    typer.Option(help="Check in the engines that tensors are what was registered; by default on CPUs."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
 
@@ -54,6 +58,7 @@ def update(
     name: Annotated[str | None, typer.Option(help="Name of the checkpoint; its directory's name by default.")] = None,
     wait: Wait = 600.0,
     timeout: Timeout = 600.0,
+    verify: Verify = None,
     json_output: AsJson = False,
 ) -> None:
     """Update running engines from a checkpoint on disk.
@@ -79,7 +84,7 @@ def update(
     with ExitStack() as stack:
         engines = [stack.enter_context(get_engine(engine, url, path, token)) for url, path in sockets(endpoint, uds)]
         with notes(rank):
-            report = _update(console, name or checkpoint.resolve().name, files, engines, policy, weight_version, timeout)
+            report = _update(console, name or checkpoint.resolve().name, files, engines, policy, weight_version, timeout, verify)
     if rank == 0:
         tell(console, report, json_output)
 
@@ -105,6 +110,7 @@ def _update(
     policy: Policy,
     version: str | None,
     timeout: float,
+    verify: Literal["on", "off"] | None,
 ) -> RolloutReport:
     from datetime import timedelta
 
@@ -120,7 +126,8 @@ def _update(
             line(console, f"wait for {', '.join(engine.endpoint for engine in engines)}")
         limit = timedelta(seconds=timeout)
         with meter(console, f"update {name}", ps.get_metas().nbytes, show=leads) as bar:
-            return ps.roll_out(name, engines=engines, policy=policy, timeout=limit, version=version, progress=bar.advance)
+            options: dict[str, Any] = {"timeout": limit, "version": version, "progress": bar.advance, "verify": verify}
+            return ps.roll_out(name, engines=engines, policy=policy, **options)
 
 
 def tell(console: Console, report: RolloutReport, json_output: bool) -> None:

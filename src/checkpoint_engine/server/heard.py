@@ -11,6 +11,7 @@ class Heard:
     def __init__(self) -> None:
         self._load = self._engine = self._hook = 0.0
         self._spent: dict[str, float] = {}
+        self._verified = 0
         self.again = False
         self.way = ""
         self.reads = -1
@@ -28,7 +29,7 @@ class Heard:
             self._hook, self.way, self.reads = message.seconds, message.way, message.pull
 
     def _tell(self, spent: Spent) -> None:
-        self._spent, self.notes = spent.seconds, spent.notes
+        self._spent, self.notes, self._verified = spent.seconds, spent.notes, spent.verified
 
     def stats(self, nbytes: int) -> dict[str, StageStats]:
         """nbytes: of the stream's tensors."""
@@ -36,5 +37,5 @@ class Heard:
             "load": StageStats(nbytes, self._load),
             "load_weights": StageStats(nbytes, self._engine),
             "post_hook": StageStats(0, self._hook),
-            **{stage: StageStats(0, seconds) for stage, seconds in self._spent.items()},
+            **{stage: StageStats(self._verified * (stage == "verify"), spent) for stage, spent in self._spent.items()},
         }

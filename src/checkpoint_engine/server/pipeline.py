@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from checkpoint_engine.devices.base import Event
 from checkpoint_engine.devices.spans import Spans
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, said
 from checkpoint_engine.planning.plan import Bucket, Piece, Plan
+from checkpoint_engine.server.expected import Expected
 from checkpoint_engine.server.heard import Heard
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.transport.messages import Again, Attach, Failed, Load, Loaded, Ready, Release, StageStats, Table
@@ -53,6 +55,7 @@ class Pass:
     regions   this rank's regions, uint8, in manifest order
     deadline  of the update, on time.monotonic, `seconds` after its start
     progress  called with the bytes of each bucket when it is complete on this rank
+    expected  what the worker checks; None: nothing
     """
 
     def __init__(
@@ -65,9 +68,10 @@ class Pass:
         seconds: float,
         deadline: float,
         progress: Callable[[int], None] | None = None,
+        expected: Expected | None = None,
     ) -> None:
         self._plan, self._lane, self._regions, self._worker, self._known = plan, lane, regions, worker, known
-        self._progress = progress
+        self._progress, self._expected = progress, expected
         self._seconds, self._deadline = seconds, deadline
         self._arrived: queue.SimpleQueue[tuple[int, dict[int, Event] | None] | None] = queue.SimpleQueue()
         self._state = threading.Condition()
@@ -185,7 +189,10 @@ class Pass:
     def _deliver(self) -> None:
         worker = self._worker
         if worker is not None:
-            worker.send(*self._attachment(), seconds=self._remaining())
+            attach, descriptors = self._attachment()
+            if self._expected is not None:
+                attach = msgspec.structs.replace(attach, digests=self._expected.digests)
+            worker.send(attach, descriptors, seconds=self._remaining())
         for bucket in self._plan.buckets:
             if (entry := self._next_arrival()) is None:
                 raise Stopped("stopped")
@@ -252,6 +259,8 @@ class Pass:
                         raise ProtocolError(f"the worker is ready after {self._loaded} of {len(self._plan.buckets)} buckets")
                     self.heard.ended(ended)
                     return
+                case Failed(wrong=wrong) as failed if wrong and self._expected is not None:
+                    raise PassError(failed.stage, str(self._expected.mismatch(wrong)))
                 case Failed() as failed:
                     where = f" of bucket {failed.bucket}" if failed.bucket >= 0 else ""
                     raise PassError(failed.stage, f"the worker failed in {failed.stage}{where}: {failed.reason}")

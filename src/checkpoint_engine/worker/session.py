@@ -17,6 +17,7 @@ from checkpoint_engine.devices.base import Device, Event, Mapping, get_device
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineError,
+    IntegrityError,
     PeerLostError,
     ProtocolError,
     WorkerUpdateError,
@@ -42,6 +43,7 @@ from checkpoint_engine.transport.messages import (
     Table,
 )
 from checkpoint_engine.transport.session import ServerChannel, connect
+from checkpoint_engine.worker.check import Check, make_check
 from checkpoint_engine.worker.recorded import Loads, LoadWeights
 from checkpoint_engine.worker.state import WeightsState, weights_state
 from checkpoint_engine.worker.views import Views
@@ -101,6 +103,7 @@ class _Failure(Exception):
     def __init__(self, stage: str, bucket: int, error: BaseException) -> None:
         self.stage, self.bucket = stage, bucket
         self.reason = said(error)
+        self.wrong = error.tensors if isinstance(error, IntegrityError) and stage == "verify" else ()
 
 
 class _Session:
@@ -123,6 +126,7 @@ class _Session:
         self.loads = Loads(run, model if recorded else None, self.device)
         self.soiled = False
         self._busy = 0.0
+        self._verified, self._verifying = 0, 0.0  # bytes, seconds
         self._queued: collections.deque[tuple[Loaded, Event]] = collections.deque()
 
     def connect(self, handle: str) -> ServerChannel:
@@ -143,7 +147,7 @@ class _Session:
             self.loads.failed()
             # The server may have gone first; then it knows already.
             with contextlib.suppress(CheckpointEngineError):
-                self._send(Failed(e.stage, e.bucket, e.reason, self.soiled))
+                self._send(Failed(e.stage, e.bucket, e.reason, self.soiled, e.wrong))
             where = f"{e.stage} of bucket {e.bucket}" if e.bucket >= 0 else e.stage
             raise WorkerUpdateError(f"{where} failed here: {e.reason}", dirty=self.state.dirty) from e.__cause__
         except CheckpointEngineError as e:
@@ -156,18 +160,49 @@ class _Session:
         tables = _remember(attach)
         with contextlib.ExitStack() as mapped:
             try:
-                views = self._views([mapped.enter_context(m).tensor for m in self._map(attach)])
+                memories = [mapped.enter_context(m).tensor for m in self._map(attach)]
+                views = self._views(memories)
                 self.loads.begin(attach.plan, tables)
+                check = mapped.enter_context(make_check(attach, tables, memories, self.device, self.settings.timeout))
             except Exception as e:
                 raise _Failure("attach", -1, e) from e
             self._busy += time.perf_counter() - start
-            while isinstance(message := self._next_bucket(), Load):
-                if not 0 <= message.bucket < len(tables):
-                    raise ProtocolError(f"the server sent bucket {message.bucket} of {len(tables)}")
-                self._load(message.bucket, tables[message.bucket], views)
+            for bucket in self._buckets(len(tables), check):
+                self._load(bucket, tables[bucket], views, check)
             while self._queued:
                 self._report(self.settings.timeout)
+            self._end_check(check)
         return self._end_stream()
+
+    def _buckets(self, count: int, check: Check) -> Iterator[int]:
+        """Numbers of the stream's buckets, as they are to be loaded; the check of each begins when it is there. Raises
+        ProtocolError."""
+        ahead: collections.deque[int] = collections.deque()
+        streaming = True
+        while streaming or ahead:
+            while streaming and len(ahead) < check.ahead:
+                if ahead:  # and so nothing to wait for
+                    self._report(0.0)
+                    if (there := self.channel.poll()) is None:
+                        break
+                    message: Message = self._expect(there, "a bucket", Load, Release)
+                else:
+                    message = self._next_bucket()
+                if streaming := isinstance(message, Load):
+                    if not 0 <= message.bucket < count:
+                        raise ProtocolError(f"the server sent bucket {message.bucket} of {count}")
+                    check.begin(message.bucket, self.loads.used(message.bucket))
+                    ahead.append(message.bucket)
+            if ahead:
+                yield ahead.popleft()
+
+    def _end_check(self, check: Check) -> None:
+        try:
+            check.finish()
+        except Exception as e:
+            raise _Failure("verify", -1, e) from e
+        self._verified += check.nbytes
+        self._verifying += check.seconds
 
     def _end_stream(self) -> bool:
         start = time.perf_counter()
@@ -209,7 +244,11 @@ class _Session:
             self._report(self.settings.timeout)
         return self._next("a bucket", Load, Release)
 
-    def _load(self, bucket: int, table: Table, views: Views) -> None:
+    def _load(self, bucket: int, table: Table, views: Views, check: Check) -> None:
+        try:
+            check.before_load(bucket)
+        except Exception as e:
+            raise _Failure("verify", bucket, e) from e
         start = time.perf_counter()
         try:
             self._soil()
@@ -255,8 +294,9 @@ class _Session:
     def _spent(self) -> Spent:
         """Since the last time that it was told."""
         loads = self.loads
-        spent = Spent({"worker": self._busy, **loads.spent}, tuple(loads.notes))
-        self._busy = 0.0
+        seconds = {"worker": self._busy, **loads.spent} | ({"verify": self._verifying} if self._verified else {})
+        spent = Spent(seconds, tuple(loads.notes), self._verified)
+        self._busy, self._verified, self._verifying = 0.0, 0, 0.0
         loads.spent.clear()
         loads.notes.clear()
         return spent
