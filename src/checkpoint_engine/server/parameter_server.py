@@ -73,12 +73,8 @@ class ParameterServer:
         self._device.bind_thread()
         self._fleet = Fleet(self._rank, self._world_size, self._settings, master_addr, master_port)
         self._registered_memory: dict[int, Any] = {}
-        self._registry = Registry(
-            self._settings,
-            on_create=self._register_memory,
-            on_destroy=self._unregister_memory,
-            on_map=lambda region: self._device.place(region.tensor),
-        )
+        hooks = self._register_memory, self._unregister_memory
+        self._registry = Registry(self._settings, *hooks, on_map=lambda region: self._device.place(region.tensor))
         self._gatherer = Gatherer(self._fleet, self._device, self._settings)
         self._keeper = Keeper(self._fleet, self._device)
         self._sources = Sources(self._fleet, self._settings)
@@ -118,8 +114,7 @@ class ParameterServer:
         use_inplace_pin_memory  files in /dev/shm are used where they are. Nothing is ever deleted
         progress                called with (bytes done, bytes in all)
 
-        Raises CheckpointExistsError, FileFormatError, TensorError, DuplicateTensorError, CheckpointError; whatever was
-        registered before is untouched then.
+        Raises CheckpointExistsError, FileFormatError, TensorError, DuplicateTensorError, CheckpointError; others stay the same.
         """
         self._registry.register(
             checkpoint_name,
@@ -201,8 +196,7 @@ class ParameterServer:
                   this, and return at once with an empty report. None or []: all, by broadcast
         version   what the engines say they serve from then on; None: checkpoint name and 12 digits of its digest
         progress  called with the bytes of each bucket when it is complete on this rank
-        verify    "on" or "off": whether workers check what they load against the digests made when it was registered; None: as
-                  Settings.verify. A tensor that is another one fails the update in stage "verify", before any commit
+        verify    None: as Settings.verify, which says what it is. Tensors that changed fail the update in stage "verify"
 
         Returns after all workers on all ranks have committed. Raises UpdateError on every rank when it failed on any,
         UpdateInProgressError, CheckpointNotFoundError, AgreementError.
@@ -211,7 +205,7 @@ class ParameterServer:
             raise UpdateInProgressError(f"rank {self._rank} is updating already; one update at a time")
         try:
             settings = self._settings if timeout is None else self._settings.replace(timeout=timeout.total_seconds())
-            settings = settings if verify is None else settings.replace(verify=verify)
+            settings = settings.replace(verify=verify or settings.verify)
             with self.watch.doing(checkpoint_name, version, rollout=False) as outcome:
                 what = (checkpoint_name, req_func, settings, version, self.watch.moved(progress))
                 return outcome.keep(self._receivers.update(*what, ranks) if ranks else self._updater.update(*what))

@@ -190,9 +190,8 @@ class Pass:
         worker = self._worker
         if worker is not None:
             attach, descriptors = self._attachment()
-            if self._expected is not None:
-                attach = msgspec.structs.replace(attach, digests=self._expected.digests)
-            worker.send(attach, descriptors, seconds=self._remaining())
+            digests = b"" if self._expected is None else self._expected.digests
+            worker.send(msgspec.structs.replace(attach, digests=digests), descriptors, seconds=self._remaining())
         for bucket in self._plan.buckets:
             if (entry := self._next_arrival()) is None:
                 raise Stopped("stopped")

@@ -167,8 +167,7 @@ class Supply(Closing):
     def sources_of(self, tensor: str) -> tuple[int, ...]:
         """The ranks that its bytes may have come from."""
         with self._lock:
-            now = self._reads.get(tensor)
-            return self._earlier.get(tensor, ()) + (() if now is None else (now.held.owner,))
+            return *self._earlier.get(tensor, ()), *(r.held.owner for r in [self._reads.get(tensor)] if r)
 
     # --- reading -------------------------------------------------------------------------------------------------------
 
@@ -262,9 +261,8 @@ class Supply(Closing):
 
     def _lose(self, rank: int, error: CheckpointEngineError) -> None:
         self._lost[rank] = error
-        for name, read in self._reads.items():
-            if read.held.owner == rank:
-                self._earlier[name] = (*self._earlier.get(name, ()), rank)
+        names = [name for name, read in self._reads.items() if read.held.owner == rank]
+        self._earlier |= {name: (*self._earlier.get(name, ()), rank) for name in names}
         nics = nics_of(self._metas)
         try:
             self._plan = replace_sources(

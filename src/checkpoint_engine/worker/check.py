@@ -76,13 +76,13 @@ class DeviceCheck(Check):
     def before_load(self, bucket: int) -> None:
         start = time.perf_counter()
         self._verifier.check(bucket)
-        self.nbytes += sum(item.nbytes for item in self._tables[bucket].items)
         self.seconds += time.perf_counter() - start
 
     def finish(self) -> None:
         start = time.perf_counter()
         wrong = self._verifier.mismatches(self._device, self._patience)
         self.seconds += time.perf_counter() - start
+        self.nbytes = self._verifier.nbytes
         if wrong:
             raise IntegrityError([self._tables[found.bucket].items[found.item].name for found in wrong])
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import zmq
 
-from checkpoint_engine.devices.base import Device, Event, Mapping, get_device
+from checkpoint_engine.devices.base import Device, Event, get_device
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineError,
@@ -43,15 +43,13 @@ from checkpoint_engine.transport.messages import (
     Table,
 )
 from checkpoint_engine.transport.session import ServerChannel, connect
+from checkpoint_engine.worker.attached import known_plans, mappings, tables_of, views_of
 from checkpoint_engine.worker.check import Check, make_check
 from checkpoint_engine.worker.recorded import Loads, LoadWeights
 from checkpoint_engine.worker.state import WeightsState, weights_state
 from checkpoint_engine.worker.views import Views
 
 Expected = TypeVar("Expected")
-KEPT_TABLES = 4
-
-_tables: collections.OrderedDict[str, tuple[Table, ...]] = collections.OrderedDict()
 
 
 def update_weights_from_ipc(
@@ -138,7 +136,7 @@ class _Session:
     def receive(self) -> str:
         try:
             version, dirty = self.state.read()
-            self._send(Hello(os.getpid(), self.device.uuid, version, dirty, tuple(_tables)))
+            self._send(Hello(os.getpid(), self.device.uuid, version, dirty, known_plans()))
             while self._load_all():
                 self._send(Again(self._spent()))
             self._finish()
@@ -157,11 +155,12 @@ class _Session:
         """One stream. Whether it is needed once more."""
         attach = self._next("Attach", Attach)
         start = time.perf_counter()
-        tables = _remember(attach)
+        tables = tables_of(attach)
         with contextlib.ExitStack() as mapped:
             try:
-                memories = [mapped.enter_context(m).tensor for m in self._map(attach)]
-                views = self._views(memories)
+                descriptors = self.channel.take_descriptors()
+                memories = [mapped.enter_context(m).tensor for m in mappings(attach, descriptors, self.device)]
+                views = views_of(memories, self.device, self._index)
                 self.loads.begin(attach.plan, tables)
                 check = mapped.enter_context(make_check(attach, tables, memories, self.device, self.settings.timeout))
             except Exception as e:
@@ -175,26 +174,18 @@ class _Session:
         return self._end_stream()
 
     def _buckets(self, count: int, check: Check) -> Iterator[int]:
-        """Numbers of the stream's buckets, as they are to be loaded; the check of each begins when it is there. Raises
-        ProtocolError."""
+        """Numbers of the stream's buckets, as they are to be loaded; the check of each begins when it is there."""
         ahead: collections.deque[int] = collections.deque()
-        streaming = True
-        while streaming or ahead:
-            while streaming and len(ahead) < check.ahead:
-                if ahead:  # and so nothing to wait for
-                    self._report(0.0)
-                    if (there := self.channel.poll()) is None:
-                        break
-                    message: Message = self._expect(there, "a bucket", Load, Release)
-                else:
-                    message = self._next_bucket()
-                if streaming := isinstance(message, Load):
-                    if not 0 <= message.bucket < count:
-                        raise ProtocolError(f"the server sent bucket {message.bucket} of {count}")
-                    check.begin(message.bucket, self.loads.used(message.bucket))
-                    ahead.append(message.bucket)
-            if ahead:
+        message: Message | None = None
+        while ahead or not isinstance(message, Release):
+            full = isinstance(message, Release) or len(ahead) == check.ahead
+            if full or (message := self._next_bucket(wait=not ahead)) is None:
                 yield ahead.popleft()
+            elif isinstance(message, Load):
+                if not 0 <= message.bucket < count:
+                    raise ProtocolError(f"the server sent bucket {message.bucket} of {count}")
+                check.begin(message.bucket, self.loads.used(message.bucket))
+                ahead.append(message.bucket)
 
     def _end_check(self, check: Check) -> None:
         try:
@@ -213,34 +204,15 @@ class _Session:
         finally:
             self._busy += time.perf_counter() - start
 
-    def _soil(self) -> None:
-        self.state.soil()
-        self.soiled = True
-
-    def _views(self, memories: list[torch.Tensor]) -> Views:
-        elsewhere = self.device.kind == "cuda" and any(memory.device.type == "cpu" for memory in memories)
-        return Views(memories, torch.device("cuda", self._index) if elsewhere else None)
-
-    def _map(self, attach: Attach) -> Iterator[Mapping]:
-        taken = self.channel.take_descriptors()
-        later = len(taken) - len(attach.ahead)
-        if later < 0:
-            raise ProtocolError("the server sent fewer descriptors than memories")
-        if attach.ahead or all(handle.kind != "region" for handle in attach.memories):
-            self.device.map_ahead(attach.ahead, taken[later:])
-        descriptors = collections.deque(taken[:later])
-        for handle in attach.memories:
-            needs = handle.kind != "cuda_ipc"
-            if needs and not descriptors:
-                raise ProtocolError("the server sent fewer descriptors than memories")
-            yield self.device.open_ring(handle, (descriptors.popleft(),) if needs else ())
-
-    def _next_bucket(self) -> Message:
-        """The next order; meanwhile buckets whose copies are over are reported. Python goes on while the device copies."""
-        while self._queued:
+    def _next_bucket(self, *, wait: bool) -> Message | None:
+        """The next order, or None where there is none yet and it is not to be waited for. Meanwhile buckets whose copies are over
+        are reported: Python goes on while the device copies."""
+        while self._queued or not wait:
             self._report(0.0)
             if (message := self.channel.poll()) is not None:
                 return self._expect(message, "a bucket", Load, Release)
+            if not wait:
+                return None
             self._report(self.settings.timeout)
         return self._next("a bucket", Load, Release)
 
@@ -251,7 +223,8 @@ class _Session:
             raise _Failure("verify", bucket, e) from e
         start = time.perf_counter()
         try:
-            self._soil()
+            self.state.soil()
+            self.soiled = True
             inside = self.loads.load(bucket, table, views)
             seconds = time.perf_counter() - start
             self._busy += seconds
@@ -325,13 +298,3 @@ class _Session:
         if not isinstance(message, expected):
             raise ProtocolError(f"the server sent {type(message).__name__} instead of {what}")
         return message
-
-
-def _remember(attach: Attach) -> tuple[Table, ...]:
-    if attach.tables is not None:
-        _tables[attach.plan] = attach.tables
-        while len(_tables) > KEPT_TABLES:
-            _tables.popitem(last=False)
-    elif attach.plan not in _tables:
-        raise ProtocolError("the server did not send the plan's tables, which this worker does not have")
-    return _tables[attach.plan]
