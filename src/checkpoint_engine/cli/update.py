@@ -40,6 +40,10 @@ Timeout = Annotated[float, typer.Option(help="Seconds for the update, and for ea
 TraceFile = Annotated[
     Path | None, typer.Option("--trace", help="Write the update's timeline here: for ui.perfetto.dev, `trace summary`.")
 ]
+Verify = Annotated[
+    Literal["on", "off"] | None,
+    typer.Option(help="Check in the engines that tensors are what was registered; by default on CPUs."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
 
@@ -63,6 +67,7 @@ def update(
     url: Annotated[
         str | None, typer.Option(help="URL of a serving fleet, which is to do it with a registered checkpoint.")
     ] = None,
+    verify: Verify = None,
     json_output: AsJson = False,
 ) -> None:
     """Update running engines from a checkpoint on disk, or from a serving fleet's memory.
@@ -90,7 +95,7 @@ def update(
     check_ranks(len(places), inference_parallel_size, world_size)
     console = Console(file=sys.stderr if json_output else sys.stdout)
     clients = [(engine, place, path, token) for place, path in places]
-    report = _update(console, Path(checkpoint), name, clients, asked, weight_version, timeout)
+    report = _update(console, Path(checkpoint), name, clients, asked, weight_version, timeout, verify)
     if rank == 0:
         tell(console, report, trace, json_output=json_output)
 
@@ -116,6 +121,7 @@ def _update(
     asked: dict[str, Any],
     version: str | None,
     timeout: float,
+    verify: Literal["on", "off"] | None,
 ) -> RolloutReport:
     """clients: arguments of get_engine. asked: of Policy."""
     # Imported here, so that a mistake in the arguments is told at once.
@@ -137,7 +143,8 @@ def _update(
             line(console, f"wait for {', '.join(engine.endpoint for engine in engines)}")
         limit = timedelta(seconds=timeout)
         with meter(console, f"update {name}", ps.get_metas().nbytes, show=leads) as bar:
-            return ps.roll_out(name, engines=engines, policy=policy, timeout=limit, version=version, progress=bar.advance)
+            options: dict[str, Any] = {"timeout": limit, "version": version, "progress": bar.advance, "verify": verify}
+            return ps.roll_out(name, engines=engines, policy=policy, **options)
 
 
 def tell(console: Console, report: RolloutReport, trace: Path | None, *, json_output: bool) -> None:
