@@ -17,6 +17,7 @@ from checkpoint_engine import cli
 from checkpoint_engine.cli.update import sockets
 from checkpoint_engine.engines.sglang import SGLang
 from checkpoint_engine.errors import SettingsError
+from checkpoint_engine.timeline import from_chrome
 from helpers.engines import engine_processes
 from helpers.ranks import run_ranks
 
@@ -71,7 +72,7 @@ def states(urls: list[str]) -> list[tuple[str | None, bool, bool]]:
     return seen
 
 
-def test_paused_update_and_its_report(engines: list[str], model: Path) -> None:
+def test_paused_update_and_its_report(engines: list[str], model: Path, tmp_path: Path) -> None:
     leader, other = update(model, engines, "--pause", "keep", "--weight-version", "v1", "--json")
     assert (leader[0], other[:2]) == (0, (0, ""))
     report = json.loads(leader[1])
@@ -80,8 +81,11 @@ def test_paused_update_and_its_report(engines: list[str], model: Path) -> None:
     assert [replica["endpoint"] for replica in report["replicas"]] == engines
     assert max(replica["pause_ms"] for replica in report["replicas"]) == report["pause_ms"]
     assert states(engines) == [("v1", False, False)] * RANKS
-    leader, _ = update(model, engines, "--pause", "abort", "--weight-version", "v2")
+    trace = tmp_path / "t.json"
+    leader, _ = update(model, engines, "--pause", "abort", "--weight-version", "v2", "--trace", str(trace))
     assert "engines were paused for " in leader[1]
+    read = from_chrome(trace.read_bytes())
+    assert (read.version, [timeline.rank for timeline in read.ranks]) == ("v2", [0, 1])
     assert states(engines) == [("v2", False, False)] * RANKS
 
 

@@ -9,6 +9,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ if torch.cuda.is_available():
     from checkpoint_engine.devices.cudart import ALREADY_REGISTERED, NOT_REGISTERED, runtime
     from checkpoint_engine.devices.nccl import NcclCommunicator, nccl_version, unique_id
     from checkpoint_engine.devices.probe import probe
+    from checkpoint_engine.devices.spans import Spans
 
 MIB = 1 << 20
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -214,6 +216,28 @@ def test_after_orders_two_streams_and_busy_measures(device: CudaDevice) -> None:
         assert shared.wait(20) and lifted.done()
         assert int(target.sum(dtype=torch.int64)) == 8 * MIB
         assert 0 < lift.busy(since, lifted) < 20
+
+
+def test_a_clock_tells_when_events_of_any_stream_were(device: CudaDevice) -> None:
+    """On the host's clock: after what was before them on the host, before what was after."""
+    with device.allocate(MIB) as a, device.allocate(MIB) as b, device.stream("lift") as lift, device.stream("share") as share:
+        device.synchronize()
+        clock = lift.clock()
+        spans = Spans()
+        spans.begin(clock)
+        before = time.perf_counter()
+        since = share.record()
+        hold(share)
+        share.copy(a.tensor, b.tensor)
+        until = share.record()
+        spans.add(share, since, until)
+        assert until.wait(20)
+        after = time.perf_counter()
+        seconds, ((began, ended),) = spans.take()
+        slack = 0.005  # a time slice of another process, and what reading two clocks one after the other costs
+        assert before - slack <= began < ended <= after + slack
+        assert ended - began == pytest.approx(seconds)
+        assert spans.take() == (0.0, [])
 
 
 def test_call_runs_on_the_stream(device: CudaDevice) -> None:

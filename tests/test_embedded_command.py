@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -49,10 +50,12 @@ def test_unix_socket_port_file_and_sigterm(tmp_path: Path) -> None:
 
 
 def test_tcp_random_weights_and_end_of_stdin(tmp_path: Path) -> None:
-    with command(str(save_bert(tmp_path)), "--load-format", "dummy", "--until-stdin-ends") as process:
+    with command(str(save_bert(tmp_path)), "--load-format", "dummy", "--until-stdin-ends", "--json") as process:
         assert process.stdout is not None
         assert process.stdin is not None
-        url = process.stdout.readline().removeprefix("listening on ").strip()
+        told = json.loads(process.stdout.readline())
+        url = told["url"]
+        assert told["pid"] == process.pid
         answer = httpx.post(f"{url}/embed", json={"input": ["the cat"]}, timeout=WAIT, trust_env=False)
         assert answer.status_code == 200 and answer.json()["version"] is None
         process.stdin.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import re
 import threading
@@ -26,11 +27,12 @@ from checkpoint_engine.http.metrics import PREFIX
 from checkpoint_engine.http.node import Node
 from checkpoint_engine.http.problems import RankError, problem_of, status_of
 from checkpoint_engine.http.pulse import Pulse
-from checkpoint_engine.http.tracker import Tracker
+from checkpoint_engine.http.tracker import KEPT_TIMELINES, Tracker
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.server.report import StageReport, UpdateReport
 from checkpoint_engine.server.watch import Ended, Moved, Started
+from checkpoint_engine.timeline import Span, Timeline
 
 ROOT = Path(__file__).parents[1]
 REPORT = UpdateReport("v1", "broadcast", 100, 0.5, 1, {"load": StageReport(100, 0.2)}, ({"load": StageReport(100, 0.2)},))
@@ -105,6 +107,20 @@ def test_only_the_last_updates_are_kept() -> None:
     assert len({record.id for record in tracker.updates()}) == 3
 
 
+def test_timelines_of_the_last_updates_are_kept() -> None:
+    tracker = Tracker(0, lambda name: 100)
+    for number in range(KEPT_TIMELINES + 2):
+        timeline = Timeline(0, "h", (Span("load", 0, float(number), 0.5, 100),))
+        tracker(Started("mine", None, rollout=False))
+        tracker(Ended(dataclasses.replace(REPORT, timelines=(timeline,)), None, rollout=False))
+    tracker(Started("mine", None, rollout=False))
+    tracker(Ended(REPORT, None, rollout=False))
+    records = tracker.updates()
+    assert [record.timeline for record in records] == [False, *[True] * KEPT_TIMELINES, False, False]
+    traces = [tracker.trace(record.id) for record in records]
+    assert [trace and trace.ranks[0].spans[0].start for trace in traces] == [None, *range(KEPT_TIMELINES + 1, 1, -1), None, None]
+
+
 # --- errors, ceilings, messages ------------------------------------------------------------------------------------------
 
 
@@ -136,8 +152,10 @@ def test_ceilings_of_each_stage(tmp_path: Path) -> None:
     file = tmp_path / "ceilings.json"
     file.write_bytes(cuda.to_json())
     assert read_ceilings(file) == {"lift": 40e9, "load": 1e12, "share": 2e9}
+    file.write_bytes(msgspec.structs.replace(cuda, peer_copy=(3e11, 2e11)).to_json())
+    assert read_ceilings(file)["peer_copy"] == 2e11
     file.write_bytes(Ceilings(device="cpu", backend="gloo", **common).to_json())
-    assert read_ceilings(file) == {"lift": 8e9, "load": 8e9}
+    assert read_ceilings(file) == {"lift": 8e9, "load": 8e9, "peer_copy": 8e9}
     file.write_text('{"memcpy": "fast"}')
     with pytest.raises(SettingsError, match="is not what `checkpoint-engine probe --json` prints"):
         read_ceilings(file)
@@ -164,7 +182,7 @@ def test_a_beat_from_a_thread_wakes_whoever_waits() -> None:
 def test_every_route_is_in_the_schema_with_examples(app: FastAPI) -> None:
     schema = app.openapi()
     routes = {(method, path) for path, of in schema["paths"].items() for method in of}
-    assert len(routes) == 19
+    assert len(routes) == 21
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
             good = next(answer for status, answer in operation["responses"].items() if status < "300")
@@ -186,6 +204,7 @@ def test_every_route_is_in_the_schema_with_examples(app: FastAPI) -> None:
         (examples.DETAIL, r.CheckpointDetail),
         (examples.WEIGHTS, r.WeightsView),
         (examples.FLEET, r.FleetView),
+        (examples.TIMELINE, r.TimelineView),
     ],
 )
 def test_examples_are_what_is_answered(example: Any, kind: Any) -> None:

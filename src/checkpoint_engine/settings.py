@@ -41,6 +41,7 @@ class Settings:
     peer_transport   by which this process reads peers: "auto" (shm on one host, else tcp), "tcp", "shm", "mooncake" or "nixl";
                      the last two must be named on the source, too
     peer_wait        for peers to end their reads when their checkpoint is unregistered
+    timelines        note when each stage was at work on which bucket; rank 0's report has it
     free_after_update  give ring, staging and communicator back after each update
     socket_dir       directory of the sockets a worker connects to; workers must see the same path
     socket_dir_mode  its mode; loosen it only where engines run as other users
@@ -67,6 +68,7 @@ class Settings:
     peer_hosts: str = ""
     peer_transport: str = "auto"
     peer_wait: float = 30.0
+    timelines: bool = True
     free_after_update: bool = False
     socket_dir: Path = dataclasses.field(default_factory=default_socket_dir)
     socket_dir_mode: int = 0o700
@@ -147,6 +149,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "CHECKPOINT_ENGINE_PEER_HOSTS": ("peer_hosts", str),
     "CHECKPOINT_ENGINE_PEER_TRANSPORT": ("peer_transport", str),
     "CHECKPOINT_ENGINE_PEER_WAIT": ("peer_wait", float),
+    "CHECKPOINT_ENGINE_TIMELINES": ("timelines", _flag),
     "CHECKPOINT_ENGINE_FREE_AFTER_UPDATE": ("free_after_update", _flag),
     "CHECKPOINT_ENGINE_SOCKET_DIR": ("socket_dir", Path),
     "CHECKPOINT_ENGINE_SOCKET_DIR_MODE": ("socket_dir_mode", lambda s: int(s, 8)),

@@ -23,7 +23,7 @@ LAYERS = (
     ("Devices", ("devices",)),
     ("Host memory", ("memory",)),
     ("Planning", ("planning",)),
-    ("Manifest, errors, settings", ("manifest", "errors", "settings")),
+    ("Manifest, timelines, errors, settings", ("manifest", "timeline", "errors", "settings")),
 )
 
 HEAD = """\
@@ -44,7 +44,7 @@ loads                       what a loader copies where: recorded, proved, replay
 devices                     streams, events, memory shared across processes
 memory                      host memory, the safetensors reader
 planning                    pure: buckets, order, sizes, cost
-manifest                    pure data: who holds what
+manifest, timeline          pure data: who holds what; when which stage was at work
 errors, settings
 ```
 

@@ -1,7 +1,8 @@
 """The command line. Commands are imported when they are used, so that none pays for what another needs.
 
-Exit codes: 0 done; 1 the update failed; 2 usage or bad input (a setting, a file, a checkpoint); 3 an engine could not be
-reached, was not ready in time, or refused beforehand; 4 another rank could not be reached or is gone; 130 interrupted.
+Exit codes: 0 done; 1 the update failed, or (status) weights are dirty; 2 usage or bad input (a setting, a file, a checkpoint);
+3 an engine could not be reached, was not ready in time, or refused beforehand; 4 another rank, or the server that was asked,
+could not be reached or is gone; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
-from typer.main import get_command
+from typer.main import get_command, get_group
 
 from checkpoint_engine.errors import (
     AgreementError,
@@ -59,11 +60,23 @@ COMMANDS = {
     "engine": "checkpoint_engine.cli.engine:engine",
     "probe": "checkpoint_engine.cli.probe:probe",
     "serve": "checkpoint_engine.cli.serve:serve",
+    "register": "checkpoint_engine.cli.register:register",
+    "status": "checkpoint_engine.cli.status:status",
+    "watch": "checkpoint_engine.cli.watch:watch",
+    "trace": "checkpoint_engine.cli.trace:trace",
 }
 
 
+class Completion(NamedTuple):
+    """What may stand in the place that is completed, as typer's shells take it."""
+
+    value: str
+    help: str | None = None
+    type: str = "plain"
+
+
 class LazyGroup(TyperGroup):
-    """Finds a command's function in COMMANDS and makes the command of it."""
+    """Finds a command's function, or its group of commands, in COMMANDS and makes the command of it."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -72,12 +85,21 @@ class LazyGroup(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         module, _, function = COMMANDS[cmd_name].partition(":")
+        found = getattr(importlib.import_module(module), function)
+        if isinstance(found, typer.Typer):
+            found.info.name = cmd_name
+            return get_group(found)
         single = typer.Typer(add_completion=False)
-        single.command(cmd_name)(getattr(importlib.import_module(module), function))
+        single.command(cmd_name)(found)
         return get_command(single)
 
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """Without importing what the commands import, which takes seconds."""
+        options = (option for param in self.get_params(ctx) for option in param.opts) if incomplete.startswith("-") else ()
+        return [Completion(word) for word in (*COMMANDS, *options) if word.startswith(incomplete)]
 
-app = typer.Typer(cls=LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _version(wanted: bool) -> None:
@@ -97,7 +119,12 @@ def main(
 
 def exit_code(error: CheckpointEngineError) -> int:
     """The exit code that stands for `error`; see the module's documentation."""
-    return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+    own = getattr(error, "exit_code", None)  # of what happened elsewhere
+    return own if isinstance(own, int) else exit_code_of(type(error))
+
+
+def exit_code_of(kind: type[CheckpointEngineError]) -> int:
+    return next(code for known, code in _EXIT_CODES if issubclass(kind, known))
 
 
 def run(argv: Sequence[str]) -> int:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from checkpoint_engine.cli.report import announce
+
 if TYPE_CHECKING:
     import torch
 
@@ -35,6 +37,7 @@ def engine(
     follower: Annotated[list[str] | None, typer.Option(help="URL of a further worker of this replica; repeatable.")] = None,
     served_version: Annotated[str | None, typer.Option(help="Version of the weights at the start.")] = None,
     threads: Annotated[int, typer.Option(help="Threads that compute; 0: one per core.", min=0)] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Say where it listens as a line of JSON.")] = False,
     until_stdin_ends: Annotated[bool, typer.Option(hidden=True, help="End with the process that holds stdin open.")] = False,
 ) -> None:
     """Serve a transformers model on the CPU: embeddings or greedy generation, with weights that can be updated in place.
@@ -62,7 +65,7 @@ def engine(
         if served_version is None and load_format is LoadFormat.auto:
             served_version = model.resolve().name
         app = create_app(EmbeddedEngine(served, worker(served_version), version=served_version, followers=follower or ()))
-        serve(app, listener, partial(_announce, url, port_file))
+        serve(app, listener, partial(_announce, url, port_file, json_output))
     finally:
         listener.close()
         if uds is not None:
@@ -89,8 +92,8 @@ def worker(version: str | None) -> Callable[..., str]:
     return receive
 
 
-def _announce(url: str, port_file: Path | None) -> None:
-    print(f"listening on {url}", flush=True)
+def _announce(url: str, port_file: Path | None, json_output: bool) -> None:
+    announce(url, json_output=json_output)
     if port_file is not None:
         unfinished = port_file.with_name(f".{port_file.name}.{os.getpid()}")
         unfinished.write_text(url)

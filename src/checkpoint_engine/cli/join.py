@@ -24,6 +24,7 @@ from checkpoint_engine.cli.update import (
     Sockets,
     Timeout,
     Token,
+    TraceFile,
     Version,
     Wait,
     check_ranks,
@@ -57,6 +58,7 @@ def join(
     weight_version: Version = None,
     wait: Wait = 600.0,
     timeout: Timeout = 600.0,
+    trace: TraceFile = None,
     json_output: AsJson = False,
 ) -> None:
     """Update new engines with the weights that a running world's servers hold in host memory.
@@ -81,7 +83,7 @@ def join(
         engines = [stack.enter_context(get_engine(engine, url, path, token)) for url, path in sockets(endpoint, uds)]
         report = _join(console, rank, world_size, metas, engines, policy, weight_version, timeout)
     if rank == 0:
-        tell(console, report, json_output)
+        tell(console, report, trace, json_output=json_output)
 
 
 def _join(

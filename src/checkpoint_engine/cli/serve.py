@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from checkpoint_engine.cli.report import announce
 from checkpoint_engine.errors import SettingsError
 
 
@@ -18,6 +20,7 @@ def serve(
     token_file: Annotated[
         Path | None, typer.Option(help="File with the token that callers must say; else CHECKPOINT_ENGINE_SERVE_TOKEN.")
     ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Say where it listens as a line of JSON.")] = False,
     endpoint: Annotated[list[str] | None, typer.Option(help="URL of an engine, for updates that name none; repeatable.")] = None,
     engine: Annotated[str, typer.Option(help="Kind of these engines: sglang, vllm, lmdeploy or tensorrt-llm.")] = "sglang",
     ceilings: Annotated[
@@ -53,4 +56,4 @@ def serve(
     )
     alone = "RANK" not in os.environ
     with ParameterServer(settings=settings, rank=0 if alone else None, world_size=1 if alone else None) as ps:
-        run(ps, settings, options, lambda url: print(f"listening on {url}", flush=True))
+        run(ps, settings, options, partial(announce, json_output=json_output))

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from checkpoint_engine.cli import EXIT_ENGINE
-from checkpoint_engine.cli.progress import line, meter, size, speed, table
+from checkpoint_engine.cli.progress import line, meter
+from checkpoint_engine.cli.report import show, write_trace
 from checkpoint_engine.errors import CheckpointEngineError, ReplicaError, SettingsError
 
 if TYPE_CHECKING:
-    from checkpoint_engine.engines import Engine, Policy
     from checkpoint_engine.server import RolloutReport
 
 
@@ -37,13 +37,18 @@ OnFailure = Annotated[
 Version = Annotated[str | None, typer.Option(help="Version that the engines report from then on.")]
 Wait = Annotated[float, typer.Option(help="Seconds for an engine to become ready.", min=0.1)]
 Timeout = Annotated[float, typer.Option(help="Seconds for the update, and for each call around it.", min=0.1)]
+TraceFile = Annotated[
+    Path | None, typer.Option("--trace", help="Write the update's timeline here: for ui.perfetto.dev, `trace summary`.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
 
 def update(
-    checkpoint: Annotated[Path, typer.Option(help="Directory of safetensors files; every rank must see it.")],
-    endpoint: Endpoints,
-    inference_parallel_size: Annotated[int, typer.Option(help="Ranks that one engine spans (TP x PP).", min=1)],
+    checkpoint: Annotated[str, typer.Option(help="Directory of safetensors files that every rank sees; with --url, a name.")],
+    endpoint: Annotated[list[str] | None, typer.Option(help="URL of an engine; repeat it, in rank order.")] = None,
+    inference_parallel_size: Annotated[
+        int | None, typer.Option(help="Ranks that one engine spans (TP x PP); not with --url.", min=1)
+    ] = None,
     engine: Kind = "sglang",
     uds: Sockets = None,
     token: Token = None,
@@ -54,34 +59,40 @@ def update(
     name: Annotated[str | None, typer.Option(help="Name of the checkpoint; its directory's name by default.")] = None,
     wait: Wait = 600.0,
     timeout: Timeout = 600.0,
+    trace: TraceFile = None,
+    url: Annotated[
+        str | None, typer.Option(help="URL of a serving fleet, which is to do it with a registered checkpoint.")
+    ] = None,
     json_output: AsJson = False,
 ) -> None:
-    """Update running engines from a checkpoint on disk.
+    """Update running engines from a checkpoint on disk, or from a serving fleet's memory.
 
     torchrun --nproc-per-node N -m checkpoint_engine update --checkpoint DIR --endpoint URL --inference-parallel-size K
+    checkpoint-engine update --url http://HOST:8600 --checkpoint NAME --endpoint URL
 
     Each rank holds its share of every layer in host memory. Endpoint i serves ranks i*K to (i+1)*K - 1, and the first of
     them asks it: wait until ready, pause, update, forget cached prefixes, publish the version, resume. After a failure
     engines with whole weights are resumed, and those with a mixture stay paused. With --on-replica-failure continue the
     command succeeds if some engine was updated, and says which were not.
     """
+    places = sockets(endpoint or [], uds)
+    asked = {"pause": pause, "resume_dirty": resume_dirty, "on_replica_failure": on_replica_failure, "ready_seconds": wait}
+    if url is not None:
+        from checkpoint_engine.cli.remote_update import remote_update
+
+        engines = [{"kind": engine, "url": place, "uds": path, "token": token} for place, path in places]
+        body = {"checkpoint": checkpoint, "engines": engines, "version": weight_version, "timeout": timeout, **asked}
+        remote_update(url, body, trace, json_output=json_output)
+        return
+    if not places or inference_parallel_size is None:
+        raise typer.BadParameter("--endpoint and --inference-parallel-size are needed, or --url of a serving fleet")
     rank, world_size = world(os.environ)
-    check_ranks(len(endpoint), inference_parallel_size, world_size)
+    check_ranks(len(places), inference_parallel_size, world_size)
     console = Console(file=sys.stderr if json_output else sys.stdout)
-
-    # Imported here, so that a mistake in the arguments is told at once.
-    from checkpoint_engine.engines import Policy, get_engine
-    from checkpoint_engine.memory.safetensors import checkpoint_files
-
-    limits = {"ready_seconds": wait, "call_seconds": timeout}
-    policy = Policy(pause=pause, resume_dirty=resume_dirty, on_replica_failure=on_replica_failure, **limits)
-    files = [str(file) for file in checkpoint_files(checkpoint)]
-    with ExitStack() as stack:
-        engines = [stack.enter_context(get_engine(engine, url, path, token)) for url, path in sockets(endpoint, uds)]
-        with notes(rank):
-            report = _update(console, name or checkpoint.resolve().name, files, engines, policy, weight_version, timeout)
+    clients = [(engine, place, path, token) for place, path in places]
+    report = _update(console, Path(checkpoint), name, clients, asked, weight_version, timeout)
     if rank == 0:
-        tell(console, report, json_output)
+        tell(console, report, trace, json_output=json_output)
 
 
 @contextmanager
@@ -99,20 +110,26 @@ def notes(rank: int) -> Iterator[None]:
 
 def _update(
     console: Console,
-    name: str,
-    files: list[str],
-    engines: Sequence[Engine],
-    policy: Policy,
+    checkpoint: Path,
+    name: str | None,
+    clients: Sequence[tuple[str, str, str | None, str | None]],
+    asked: dict[str, Any],
     version: str | None,
     timeout: float,
 ) -> RolloutReport:
-    from datetime import timedelta
-
+    """clients: arguments of get_engine. asked: of Policy."""
+    # Imported here, so that a mistake in the arguments is told at once.
+    from checkpoint_engine.engines import Policy, get_engine
+    from checkpoint_engine.memory.safetensors import checkpoint_files
     from checkpoint_engine.ps import ParameterServer
 
     rank, _ = world(os.environ)
-    leads = rank == 0
-    with ParameterServer() as ps:
+    leads, name = rank == 0, name or checkpoint.resolve().name
+    files = [str(file) for file in checkpoint_files(checkpoint)]
+    with ExitStack() as stack, notes(rank):
+        engines = [stack.enter_context(get_engine(*client)) for client in clients]
+        policy = Policy(call_seconds=timeout, **asked)
+        ps = stack.enter_context(ParameterServer())
         with meter(console, f"register {name}, share of rank {rank}", show=leads) as bar:
             ps.register_checkpoint(name, files=files, stripe=True, progress=bar.reach)
         ps.gather_metas(name)
@@ -123,27 +140,16 @@ def _update(
             return ps.roll_out(name, engines=engines, policy=policy, timeout=limit, version=version, progress=bar.advance)
 
 
-def tell(console: Console, report: RolloutReport, json_output: bool) -> None:
+def tell(console: Console, report: RolloutReport, trace: Path | None, *, json_output: bool) -> None:
+    """Print the report, and write the timeline. Raises SettingsError when that cannot be done."""
     if json_output:
         print(json.dumps(report.to_dict()))
     else:
-        show(console, report)
+        show(console, report.to_dict())
+    if trace is not None:
+        from checkpoint_engine.timeline import to_chrome
 
-
-def show(console: Console, rollout: RolloutReport) -> None:
-    """Print a report: one row for each stage and one for the whole; then the engines' pause, and those left out."""
-    report = rollout.update
-    rows = [
-        [stage, size(done.nbytes), f"{done.seconds:.3f} s", speed(done.nbytes, done.seconds)]
-        for stage, done in report.stages.items()
-    ]
-    rows.append(["update", size(report.nbytes), f"{report.seconds:.3f} s", speed(report.nbytes, report.seconds)])
-    title = f"{report.version} by {report.method}"
-    table(console, title, ["stage", "bytes", "time", "speed"], rows, numbers=3)
-    if not math.isnan(rollout.pause_ms):
-        line(console, f"engines were paused for {rollout.pause_ms:.0f} ms at most")
-    for endpoint, why in rollout.failed.items():
-        line(console, f"not updated: engine at {endpoint}: {why}")
+        write_trace(trace, to_chrome(report.trace) if report.trace.ranks else None)
 
 
 def sockets(endpoints: Sequence[str], paths: Sequence[str] | None) -> list[tuple[str, str | None]]:

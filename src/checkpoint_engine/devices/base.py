@@ -72,6 +72,10 @@ class Event(ABC):
         """Block until done or `seconds` are over; True if done. Raises what the work raised, if it failed."""
 
 
+Clock = Callable[[Event], float]
+"""When an event that is done was, in seconds of this process's `time.perf_counter`."""
+
+
 class Stream(Closing):
     """Work in order. Nothing here blocks the caller but `close`."""
 
@@ -94,6 +98,11 @@ class Stream(Closing):
     @abstractmethod
     def busy(self, since: Event, until: Event) -> float:
         """Seconds between two events of this stream that are done."""
+
+    @abstractmethod
+    def clock(self) -> Clock:
+        """For events of all streams of this process on the device. To be made while nothing is queued on this stream; it waits
+        for that. Raises DeadlineError."""
 
 
 class Device(ABC):

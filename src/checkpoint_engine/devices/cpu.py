@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from checkpoint_engine.devices.base import Closing, Device, Event, Mapping, Ring, SharedHandle, Stream
+from checkpoint_engine.devices.base import Clock, Closing, Device, Event, Mapping, Ring, SharedHandle, Stream
 from checkpoint_engine.errors import ManifestError, ProtocolError
 from checkpoint_engine.memory.region import HostRegion
 
@@ -123,6 +123,9 @@ class CpuStream(Stream):
 
     def busy(self, since: Event, until: Event) -> float:
         return until.time - since.time  # type: ignore[attr-defined, no-any-return]
+
+    def clock(self) -> Clock:
+        return lambda event: event.time  # type: ignore[attr-defined]
 
     def finish(self, seconds: float) -> bool:
         """End when all that is queued is done; whether that was within `seconds`."""

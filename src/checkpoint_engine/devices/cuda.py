@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from checkpoint_engine.devices.base import Closing, Device, Event, Mapping, Ring, SharedHandle, Stream
+from checkpoint_engine.devices.base import Clock, Closing, Device, Event, Mapping, Ring, SharedHandle, Stream
 from checkpoint_engine.devices.cudart import INVALID_VALUE, OUT_OF_MEMORY, CudaRuntime, runtime
 from checkpoint_engine.devices.foreign import tensor_at
 from checkpoint_engine.devices.host_regions import HostRegions
 from checkpoint_engine.devices.numa import bind_to_node, gpu_node, place_on_node
 from checkpoint_engine.devices.polling import poll
-from checkpoint_engine.errors import DeviceError, ManifestError, ProtocolError
+from checkpoint_engine.errors import DeadlineError, DeviceError, ManifestError, ProtocolError
 
 GRANULE = 2 << 20
 """Bytes. cudaMalloc packs smaller allocations into one block of this size, and an IPC handle shares the whole block."""
+
+IDLE_SECONDS = 10.0
+"""For an event that was queued on an idle stream to be over."""
 
 _host_regions: dict[int, HostRegions] = {}  # of this process, by the device's index: they outlive sessions
 
@@ -132,6 +136,13 @@ class CudaStream(Stream):
     def busy(self, since: Event, until: Event) -> float:
         with _named(self._what):
             return float(_own(since).raw.elapsed_time(_own(until).raw)) / 1e3
+
+    def clock(self) -> Clock:
+        # The origin is over some 10 us after it was queued; later, by a time slice, where another process's kernels run.
+        origin, now = self.record(), time.perf_counter()
+        if not origin.wait(IDLE_SECONDS):  # events that are over can be told from one that is over only
+            raise DeadlineError(f"{self._what} to be idle", IDLE_SECONDS)
+        return lambda event: now + self.busy(origin, event)
 
     def close(self) -> None:
         handle, self._handle = self._handle, 0

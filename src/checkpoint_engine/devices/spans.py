@@ -1,10 +1,10 @@
-"""How long work took on its streams, found out while later work runs."""
+"""How long work took on its streams, and when it did, found out while later work runs."""
 
 from __future__ import annotations
 
 from collections import deque
 
-from checkpoint_engine.devices.base import Event, Stream
+from checkpoint_engine.devices.base import Clock, Event, Stream
 
 
 class Spans:
@@ -15,7 +15,14 @@ class Spans:
 
     def __init__(self) -> None:
         self._open: deque[tuple[Stream, Event, Event]] = deque()
+        self._clock: Clock | None = None
         self._seconds = 0.0
+        self._times: list[tuple[float, float]] = []
+
+    def begin(self, clock: Clock | None) -> None:
+        """Forget what was before. clock: to find out, too, when each pair began; that takes as long again."""
+        self._open.clear()
+        self._clock, self._seconds, self._times = clock, 0.0, []
 
     def add(self, stream: Stream, since: Event, until: Event) -> None:
         """Both of `stream`; pairs in the order in which they end."""
@@ -25,10 +32,15 @@ class Spans:
         """Take in what is over by now. Raises what the work raised, if it failed."""
         while self._open and self._open[0][2].done():
             stream, since, until = self._open.popleft()
-            self._seconds += stream.busy(since, until)
+            seconds = stream.busy(since, until)
+            self._seconds += seconds
+            if self._clock is not None:
+                start = self._clock(since)
+                self._times.append((start, start + seconds))
 
-    def take(self) -> float:
-        """Seconds so far, which start from 0 again."""
+    def take(self) -> tuple[float, list[tuple[float, float]]]:
+        """Seconds so far, and (beginning, end) of each pair where there is a clock; both start anew."""
         self.settle()
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
+        taken = self._seconds, self._times
+        self._seconds, self._times = 0.0, []
+        return taken

@@ -23,7 +23,7 @@ from checkpoint_engine.http.metrics import CONTENT_TYPE, Metrics
 from checkpoint_engine.http.node import Node
 from checkpoint_engine.http.problems import problem_of, status_of
 from checkpoint_engine.http.records import Problem
-from checkpoint_engine.http.routes import checkpoint_routes, fleet_routes, update_routes
+from checkpoint_engine.http.routes import checkpoint_routes, fleet_routes, timeline_routes, update_routes
 
 ABOUT = """REST of a parameter server. Routes tagged `contract` act on the rank that is asked; all others on the fleet, and only
 rank 0 answers them. Errors are `{"error": {"type", "message", "rank", "names", "notes"}}`: 4xx for what the caller did, 5xx for
@@ -59,8 +59,9 @@ def create_app(
         title="checkpoint-engine", version=__version__, description=ABOUT, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.add_middleware(Guard, token=token, control=control, secret=lambda: node.secret)
-    for routes in (contract_routes(node), checkpoint_routes(director), update_routes(director), fleet_routes(director)):
-        app.include_router(routes)
+    app.include_router(contract_routes(node))
+    for routes in (checkpoint_routes, update_routes, timeline_routes, fleet_routes):
+        app.include_router(routes(director))
     app.include_router(control_routes(node))
     _add_pages(app, director, metrics)
     _add_errors(app, node)

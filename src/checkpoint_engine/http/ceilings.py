@@ -20,11 +20,13 @@ def read_ceilings(path: Path) -> dict[str, float]:
 
 def stage_ceilings(found: Ceilings) -> dict[str, float]:
     """Of the slowest device: lift by the copy from the host with all at once, share by the fastest broadcast, load by the
-    copy within a device. On a CPU both copies are its memcpy."""
+    copy within a device; peer_copy, which is what sharing by copies is measured by. On a CPU all copies are its memcpy."""
     rates = {
         "lift": min(found.h2d_together or found.h2d_alone, default=found.memcpy),
         "load": min(found.device_copy, default=found.memcpy),
     }
+    if found.peer_copy or found.device == "cpu":
+        rates["peer_copy"] = min(found.peer_copy, default=found.memcpy)
     if found.broadcast:
         rates["share"] = max(entry.rate for entry in found.broadcast)
     return rates

@@ -8,6 +8,8 @@ import dataclasses
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 
+import msgspec
+
 from checkpoint_engine import __version__
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointNotFoundError, UpdateInProgressError
 from checkpoint_engine.http.commands import COLLECTIVE, Command, EngineSpec, Gather, Refused, Register, RollOut, Unregister
@@ -21,13 +23,17 @@ from checkpoint_engine.http.records import (
     EngineWeights,
     FleetView,
     RankState,
+    RankTimeline,
     RankView,
+    SpanView,
     TensorView,
+    TimelineView,
     UpdateRecord,
     WeightsView,
     WorkerWeights,
 )
-from checkpoint_engine.http.tracker import is_over
+from checkpoint_engine.http.tracker import KEPT_TIMELINES, is_over
+from checkpoint_engine.timeline import Trace, summarise
 from checkpoint_engine.transport.meeting import LEADER
 
 log = logging.getLogger(__name__)
@@ -180,6 +186,23 @@ class Director:
         if record is None:
             raise NotFoundError(f"no update {id_!r}; the last {len(self.updates())} are known")
         return record
+
+    def trace(self, id_: str) -> Trace:
+        """Raises NotFoundError."""
+        self.record(id_)
+        if (trace := self.node.tracker.trace(id_)) is None:
+            raise NotFoundError(
+                f"update {id_!r} has no timeline: the last {KEPT_TIMELINES} have that were committed, unless it is switched off"
+            )
+        return trace
+
+    def timeline(self, id_: str) -> TimelineView:
+        """Blocks for as long as it takes to make. Raises NotFoundError."""
+        trace = self.trace(id_)
+        found = summarise(trace, self._ceilings)
+        ranks = [RankTimeline(t.rank, t.host, [SpanView(*msgspec.structs.astuple(s)) for s in t.spans]) for t in trace.ranks]
+        stages = [stage.stage for stage in found.stages]
+        return TimelineView(id_, trace.version, trace.method, trace.nbytes, trace.seconds, found.bound, stages, ranks)
 
     def cancel(self, id_: str) -> UpdateRecord:
         """Ask for it; the record says when it is over. Raises NotFoundError."""

@@ -39,8 +39,37 @@ UPDATE = {
     "attempts": 1,
     "report": UPDATE_REPORT,
     "error": None,
+    "timeline": True,
 }
-STARTED = {**UPDATE, "state": "starting", "version": None, "seconds": 0.0, "nbytes": 0, "attempts": 0, "report": None}
+_BEGUN = {"state": "starting", "version": None, "seconds": 0.0, "nbytes": 0, "attempts": 0, "report": None, "timeline": False}
+STARTED = {**UPDATE, **_BEGUN}
+TIMELINE = {
+    "id": "1-a1b2c3",
+    "version": "step-12@0123456789ab",
+    "method": "broadcast",
+    "nbytes": 1_000_000_000,
+    "seconds": 0.05,
+    "bound": "lift on rank 0 bounds the update: at work for 80% of its 0.050 s, 50% of that alone, at 91% of its ceiling.",
+    "stages": ["lift", "load"],
+    "ranks": [
+        {
+            "rank": 0,
+            "host": "gpu-1",
+            "spans": [
+                {"stage": "lift", "bucket": 0, "start": 0.004, "seconds": 0.04, "nbytes": 1_000_000_000, "count": 1},
+                {"stage": "load", "bucket": 0, "start": 0.024, "seconds": 0.024, "nbytes": 1_000_000_000, "count": 1},
+            ],
+        }
+    ],
+}
+TRACE = {
+    "displayTimeUnit": "ms",
+    "otherData": {"version": "step-12@0123456789ab", "method": "broadcast"},
+    "traceEvents": [
+        {"ph": "M", "name": "process_name", "pid": 1, "tid": 1000, "ts": 0, "args": {"name": "rank 0 (gpu-1)"}},
+        {"ph": "X", "name": "lift 0", "cat": "lift", "pid": 1, "tid": 1000, "ts": 4000.0, "dur": 40000.0, "args": {"bucket": 0}},
+    ],
+}
 CHECKPOINT = {
     "name": "step-12",
     "nbytes": 1_000_000_000,

@@ -37,6 +37,7 @@ class UpdateRecord:
     done      of them, bytes of buckets that are complete, by rank; of the attempt that runs
     attempts  more than one when the update went on without an engine that failed
     report    RolloutReport.to_dict or UpdateReport.to_dict, once it is over
+    timeline  whether its timeline is known: of the last updates that were committed
     """
 
     id: str
@@ -50,6 +51,43 @@ class UpdateRecord:
     attempts: int = 0
     report: dict[str, Any] | None = None
     error: Problem | None = None
+    timeline: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SpanView:
+    """As timeline.Span. Times in seconds."""
+
+    stage: str
+    bucket: int
+    start: float
+    seconds: float
+    nbytes: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RankTimeline:
+    """In order of time. start 0 is the moment at which this rank had heard that all ranks take part."""
+
+    rank: int
+    host: str
+    spans: list[SpanView]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TimelineView:
+    """When each stage was at work on which bucket. seconds: of the update, as in its report. stages: those that there are, in the
+    order in which bytes go through them. bound: one sentence on what bounds the update."""
+
+    id: str
+    version: str
+    method: str
+    nbytes: int
+    seconds: float
+    bound: str
+    stages: list[str]
+    ranks: list[RankTimeline]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

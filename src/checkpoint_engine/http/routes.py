@@ -12,12 +12,13 @@ from fastapi.responses import StreamingResponse
 from checkpoint_engine.errors import SettingsError
 from checkpoint_engine.http import examples as x
 from checkpoint_engine.http.director import Director
-from checkpoint_engine.http.records import CheckpointDetail, CheckpointView, FleetView, UpdateRecord, WeightsView
+from checkpoint_engine.http.records import CheckpointDetail, CheckpointView, FleetView, TimelineView, UpdateRecord, WeightsView
 from checkpoint_engine.http.schemas import CheckpointBody, UpdateBody
 from checkpoint_engine.http.streams import follow_fleet, follow_update, shortened
+from checkpoint_engine.timeline import to_chrome
 
 LEADS = (421,)
-EVENTS = "text/event-stream"
+EVENTS, JSON = "text/event-stream", "application/json"
 _EVENTS = 'event: update\ndata: {"id": "1-a1b2c3", "state": "updating"}\n\n'
 
 
@@ -133,6 +134,25 @@ def update_routes(director: Director) -> APIRouter:
         """
         director.must_lead()
         return director.cancel(id)
+
+    return routes
+
+
+def timeline_routes(director: Director) -> APIRouter:
+    routes = APIRouter(tags=["updates"])
+
+    @routes.get("/v1/updates/{id}/timeline", response_model=TimelineView, responses=x.answers(x.TIMELINE, errors=(404, *LEADS)))
+    async def timeline(id: str) -> Response:
+        """When each stage was at work on which bucket, on every rank; of the last updates that were committed."""
+        director.must_lead()
+        return Response(await asyncio.to_thread(lambda: msgspec.json.encode(director.timeline(id))), media_type=JSON)
+
+    @routes.get("/v1/updates/{id}/trace", response_class=Response, responses=x.answers(x.TRACE, errors=(404, *LEADS)))
+    async def trace(id: str) -> Response:
+        """The same in the Chrome trace event format: a file for ui.perfetto.dev or `checkpoint-engine trace summary`."""
+        director.must_lead()
+        made = await asyncio.to_thread(lambda: to_chrome(director.trace(id)))
+        return Response(made, media_type=JSON, headers={"Content-Disposition": f'attachment; filename="update-{id}.trace.json"'})
 
     return routes
 

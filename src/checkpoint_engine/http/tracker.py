@@ -9,13 +9,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
+
 from checkpoint_engine.errors import UpdateError
 from checkpoint_engine.http.problems import problem_of
 from checkpoint_engine.http.records import RUNNING, Problem, UpdateRecord
 from checkpoint_engine.server.events import CANCELLED
 from checkpoint_engine.server.watch import Ended, Event, Moved, Report, Started
+from checkpoint_engine.timeline import Trace
 
-KEPT_UPDATES = 100
+KEPT_UPDATES, KEPT_TIMELINES = 100, 20
 
 
 class Tracker:
@@ -32,6 +35,7 @@ class Tracker:
         self._since = 0.0
         self._depth = 0
         self._ended: deque[UpdateRecord] = deque(maxlen=kept)
+        self._timelines: dict[str, bytes] = {}  # id -> Trace, oldest first
         self._version: str | None = None
         self._dirty: bool | None = None
         self.done = 0  # bytes of buckets that are complete on this rank
@@ -89,7 +93,17 @@ class Tracker:
                 self._learn(event)
             if self._running is None or self._depth > 0:
                 return None
+            if event.report is not None and event.report.trace.ranks:
+                self._keep_timeline(self._running.id, event.report.trace)
             return self._close(self._finished(self._running, event.report, event.error))
+
+    def _keep_timeline(self, id_: str, trace: Trace) -> None:
+        self._timelines[id_] = msgspec.msgpack.encode(trace)
+        while len(self._timelines) > KEPT_TIMELINES:
+            del self._timelines[gone := next(iter(self._timelines))]
+            for number, record in enumerate(self._ended):
+                if record.id == gone:
+                    self._ended[number] = dataclasses.replace(record, timeline=False)
 
     def _learn(self, event: Ended) -> None:
         """What the worker beside this rank serves now."""
@@ -101,7 +115,7 @@ class Tracker:
     def _finished(self, record: UpdateRecord, report: Report | None, error: BaseException | None) -> UpdateRecord:
         if report is not None:
             done = dataclasses.replace(record, state="committed", version=report.version, nbytes=report.nbytes)
-            return dataclasses.replace(done, report=report.to_dict())
+            return dataclasses.replace(done, report=report.to_dict(), timeline=record.id in self._timelines)
         cancelled = isinstance(error, UpdateError) and error.stage == CANCELLED
         problem = None if error is None else problem_of(error, self._rank)
         return dataclasses.replace(record, state="cancelled" if cancelled else "failed", error=problem)
@@ -141,6 +155,12 @@ class Tracker:
         """Those that are over, newest first."""
         with self._lock:
             return list(reversed(self._ended))
+
+    def trace(self, id_: str) -> Trace | None:
+        """Of an update that is over; None where none is kept."""
+        with self._lock:
+            kept = self._timelines.get(id_)
+        return None if kept is None else msgspec.msgpack.decode(kept, type=Trace)
 
     def find(self, id_: str) -> UpdateRecord | None:
         running = self.running

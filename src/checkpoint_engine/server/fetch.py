@@ -63,6 +63,7 @@ class FetchPass(Pass):
         # The driver lifts what is in _own, in order; a piece gets there when its bytes are here.
         self._all: list[tuple[Bucket, Piece]] = self._own
         self._own = []
+        self._turns = [i for i, number in self._plan.stream if self._plan.buckets[i].pieces[number].owner == self._lane.rank]
         self._fetched: set[int] = set()
         self._position = 0  # of the driver in the stream
         self._busy = _Busy()
@@ -91,6 +92,7 @@ class FetchPass(Pass):
         for turn in range(number, len(self._all), len(supply.slots)):
             self._wait_lifted(turn - len(supply.slots))
             wants = self._feed.wants(self._all[turn][1])
+            since = time.perf_counter()
             with self._busy:
                 try:
                     supply.read(wants, slot, max(SLICE, min(self._feed.seconds, self._remaining())))
@@ -98,9 +100,11 @@ class FetchPass(Pass):
                     if self._error is not None:
                         raise Stopped("stopped") from None
                     raise
+            nbytes = sum(want.nbytes for want in wants)
+            self._recorder.add("fetch", self._turns[turn], since, time.perf_counter(), nbytes)
             with self._state:
                 self._regions[number] = slot.region.tensor
-                self._read_bytes += sum(want.nbytes for want in wants)
+                self._read_bytes += nbytes
                 self._fetched.add(turn)
                 self._state.notify_all()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from checkpoint_engine.timeline import Span
 from checkpoint_engine.transport.messages import Again, Loaded, Ready, Spent, StageStats
 
 
 class Heard:
-    """again: it needs the stream once more. way, reads: as in Ready; way "": it is not ready. notes: of its load plan."""
+    """again: it needs the stream once more. way, reads: as in Ready; way "": it is not ready. notes: of its load plan.
+    spans: as in Spent."""
 
     def __init__(self) -> None:
         self._load = self._engine = self._hook = 0.0
@@ -15,6 +17,7 @@ class Heard:
         self.way = ""
         self.reads = -1
         self.notes: tuple[str, ...] = ()
+        self.spans: tuple[Span, ...] = ()
 
     def loaded(self, message: Loaded) -> None:
         self._load += message.seconds
@@ -28,7 +31,7 @@ class Heard:
             self._hook, self.way, self.reads = message.seconds, message.way, message.pull
 
     def _tell(self, spent: Spent) -> None:
-        self._spent, self.notes = spent.seconds, spent.notes
+        self._spent, self.notes, self.spans = spent.seconds, spent.notes, spent.spans
 
     def stats(self, nbytes: int) -> dict[str, StageStats]:
         """nbytes: of the stream's tensors."""

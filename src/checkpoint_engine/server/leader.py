@@ -6,9 +6,11 @@ Pure state: it hears messages and gives orders; time is an argument.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from checkpoint_engine.errors import DeadlineError, ProtocolError
 from checkpoint_engine.settings import Settings
+from checkpoint_engine.timeline import Span, Timeline
 from checkpoint_engine.transport import messages as m
 from checkpoint_engine.transport.meeting import LEADER
 
@@ -29,6 +31,7 @@ class Leader:
         self._absent: set[int] = set()
         self._done: dict[int, m.PassDone] = {}
         self._settled: set[int] = set()
+        self._spans: dict[int, tuple[Span, ...]] = {}  # by rank, of all passes
         self._pass = self._repeats = 0
         self._state = "idle"  # -> "loading" -> "committing" -> "idle"
         self._grace_ends = math.inf
@@ -49,8 +52,9 @@ class Leader:
                         f"the worker of rank {sender} asks for pass {number} once more, after {MAX_REPEATS} times"
                     )
                 self._done[sender] = message
-            case m.Settled(pass_=number) if self._state == "committing" and number == self._pass:
+            case m.Settled(pass_=number, spans=spans) if self._state == "committing" and number == self._pass:
                 self._settled.add(sender)
+                self._spans[sender] = self._spans.get(sender, ()) + spans
             case _:
                 raise ProtocolError(f"rank {sender} sent {type(message).__name__} while the leader was {self._state}")
 
@@ -87,6 +91,10 @@ class Leader:
             self._state = "ended"
             return [self._end()]
         return []
+
+    def timelines(self, hosts: Sequence[str]) -> tuple[Timeline, ...]:
+        """Of all ranks, in rank order; none without spans."""
+        return tuple(Timeline(rank, hosts[rank], spans) for rank, spans in sorted(self._spans.items()) if spans)
 
     def _end(self) -> m.End:
         done = [self._done[rank] for rank in sorted(self._done)]

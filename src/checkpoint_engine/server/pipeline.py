@@ -18,11 +18,12 @@ from typing import NamedTuple
 import torch
 
 from checkpoint_engine.devices.base import Event
-from checkpoint_engine.devices.spans import Spans
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, said
 from checkpoint_engine.planning.plan import Bucket, Piece, Plan
 from checkpoint_engine.server.heard import Heard
 from checkpoint_engine.server.lane import Lane
+from checkpoint_engine.server.stages import Stages
+from checkpoint_engine.timeline import Recorder
 from checkpoint_engine.transport.messages import Again, Attach, Failed, Load, Loaded, Ready, Release, StageStats, Table
 from checkpoint_engine.transport.session import WorkerChannel
 
@@ -53,6 +54,7 @@ class Pass:
     regions   this rank's regions, uint8, in manifest order
     deadline  of the update, on time.monotonic, `seconds` after its start
     progress  called with the bytes of each bucket when it is complete on this rank
+    recorder  of this rank's timeline
     """
 
     def __init__(
@@ -65,9 +67,12 @@ class Pass:
         seconds: float,
         deadline: float,
         progress: Callable[[int], None] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._plan, self._lane, self._regions, self._worker, self._known = plan, lane, regions, worker, known
         self._progress = progress
+        self._recorder = recorder or Recorder(enabled=False)
+        self._stages = Stages(plan, lane, self._recorder)
         self._seconds, self._deadline = seconds, deadline
         self._arrived: queue.SimpleQueue[tuple[int, dict[int, Event] | None] | None] = queue.SimpleQueue()
         self._state = threading.Condition()
@@ -79,13 +84,13 @@ class Pass:
         self._own: list[tuple[Bucket, Piece]] = [(b, p) for b, p in stream if p.owner == lane.rank]
         self._lifts: list[_Lifted] = []
         self._shares: list[Event] = []  # of own pieces
-        self._lift_spans = Spans()
 
     def run(self) -> dict[str, StageStats]:
         """Returns when this rank's worker has loaded everything and run its post-hook.
 
         Raises PassError naming the stage, or Stopped after `stop`.
         """
+        self._guard("lift", self._stages.begin)
         threads = [threading.Thread(target=self._guard, args=("share", self._deliver), name="deliver", daemon=True)]
         if self._worker is not None:
             threads.append(threading.Thread(target=self._guard, args=("load", self._collect), name="collect", daemon=True))
@@ -162,7 +167,7 @@ class Pass:
             elif self._loaded <= bucket.after:
                 return
             times = self._lane.lift(bucket, piece, None if slot is None else staging[slot], self._regions)
-            self._lift_spans.add(self._lane.lifting, *times)
+            self._stages.lifts.add(self._lane.lifting, *times)
             self._lifts.append(_Lifted(times[1], slot))
 
     def _wait_loaded(self, bucket: int) -> None:
@@ -197,7 +202,7 @@ class Pass:
             else:
                 self.loads_sent += 1
                 self._tell(worker, Load(index))
-            self._settle()
+            self._stages.settle()
             if self._progress is not None:
                 self._progress(sum(i.nbytes for i in bucket.items))
         if worker is not None:
@@ -275,18 +280,8 @@ class Pass:
 
     # --- statistics ----------------------------------------------------------------------------------------------------
 
-    def _settle(self) -> None:
-        self._lift_spans.settle()
-        if self._lane.collective is not None:
-            self._lane.collective.spans.settle()
-
     def _stats(self) -> dict[str, StageStats]:
-        lane, plan = self._lane, self._plan
-        lifted = sum(c.nbytes for _, p in self._own for c in p.copies)
-        stats = {"lift": StageStats(lifted, self._lift_spans.take())}
-        if lane.collective is not None:
-            stats["share"] = StageStats(plan.nbytes, lane.collective.spans.take())
-        return stats | self._load_stats()
+        return self._stages.moved(sum(c.nbytes for _, p in self._own for c in p.copies)) | self._load_stats()
 
     def _load_stats(self) -> dict[str, StageStats]:
-        return self.heard.stats(self._plan.nbytes) if self._worker is not None else {}
+        return self._stages.loaded(self.heard) if self._worker is not None else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from checkpoint_engine.timeline import Timeline, Trace
 from checkpoint_engine.transport.messages import StageStats
 
 
@@ -35,6 +36,7 @@ class UpdateReport:
     ways     how workers loaded: "loader", "proved" (the loader, then a plan that is used from then on), "replayed"; all that
              there were among ranks and workers
     notes    why a worker does not replay, where it was asked to
+    timelines  on rank 0: when each rank's stages were at work on what (Settings.timelines); not in `to_dict`
     """
 
     version: str
@@ -46,10 +48,16 @@ class UpdateReport:
     ranks: tuple[dict[str, StageReport], ...]
     ways: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    timelines: tuple[Timeline, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     @property
     def gb_per_s(self) -> float:
         return self.nbytes / self.seconds / 1e9
+
+    @property
+    def trace(self) -> Trace:
+        """For timeline.to_chrome and timeline.summarise. Without ranks where there are no timelines."""
+        return Trace(self.version, self.method, self.nbytes, self.seconds, self.timelines)
 
     def __str__(self) -> str:
         """One line: 10^9 bytes, seconds, GB/s, stage by stage."""
@@ -74,6 +82,26 @@ class UpdateReport:
             "ways": list(self.ways),
             "notes": list(self.notes),
         }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of an update that went well. passes: streams. reads: of this rank's workers, see Crew. timelines: on rank 0 only. All else
+    is of all ranks."""
+
+    passes: int
+    stats: tuple[dict[str, StageStats], ...]
+    ways: tuple[str, ...]
+    notes: tuple[str, ...]
+    reads: int
+    timelines: tuple[Timeline, ...] = ()
+
+
+def make_report(version: str, method: str, nbytes: int, seconds: float, outcome: Outcome) -> UpdateReport:
+    """nbytes: of one stream; seconds: of this rank."""
+    ranks = tuple({k: StageReport(s.nbytes, s.seconds) for k, s in stats.items()} for stats in outcome.stats)
+    what = (outcome.passes, slowest(ranks), ranks, outcome.ways, outcome.notes, outcome.timelines)
+    return UpdateReport(version, method, nbytes, seconds, *what)
 
 
 def method_name(shared_by: str, ways: tuple[str, ...], *, mapped: bool) -> str:

@@ -20,6 +20,7 @@ from checkpoint_engine.errors import CheckpointEngineError, EngineError, Replica
 from checkpoint_engine.server.events import CANCELLED
 from checkpoint_engine.server.report import UpdateReport
 from checkpoint_engine.server.update import NO_WORKER, RequestFunction
+from checkpoint_engine.timeline import Trace
 from checkpoint_engine.transport.links import Links
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,11 @@ class RolloutReport:
     def seconds(self) -> float:
         """Of the update alone."""
         return self.update.seconds
+
+    @property
+    def trace(self) -> Trace:
+        """As UpdateReport.trace."""
+        return self.update.trace
 
     @property
     def pause_ms(self) -> float:

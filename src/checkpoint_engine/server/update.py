@@ -6,7 +6,6 @@ passes, lets them commit, and ends the update. News of a failure goes from the r
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
@@ -23,8 +22,9 @@ from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.leader import Leader
 from checkpoint_engine.server.level import LEVEL_SECONDS, level
 from checkpoint_engine.server.pipeline import Pass, PassError
-from checkpoint_engine.server.report import StageReport, UpdateReport, slowest
+from checkpoint_engine.server.report import Outcome
 from checkpoint_engine.settings import Settings
+from checkpoint_engine.timeline import Recorder
 from checkpoint_engine.transport import messages as m
 from checkpoint_engine.transport.links import LEFT, Inbox, Links
 from checkpoint_engine.transport.meeting import LEADER
@@ -38,23 +38,6 @@ NO_WORKER = object()
 """What a RequestFunction returns when no worker will come to its rank, which then only relays. All else it returns is nothing."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """passes: streams. reads: of this rank's workers, see Crew; the others are all ranks'."""
-
-    passes: int
-    stats: tuple[dict[str, m.StageStats], ...]
-    ways: tuple[str, ...]
-    notes: tuple[str, ...]
-    reads: int
-
-
-def make_report(version: str, method: str, nbytes: int, seconds: float, outcome: Outcome) -> UpdateReport:
-    """nbytes: of one stream; seconds: of this rank."""
-    ranks = tuple({k: StageReport(s.nbytes, s.seconds) for k, s in stats.items()} for stats in outcome.stats)
-    return UpdateReport(version, method, nbytes, seconds, outcome.passes, slowest(ranks), ranks, outcome.ways, outcome.notes)
-
-
 class _Fail(Exception):
     """Raised inside the loop: the update has failed, here or elsewhere."""
 
@@ -64,7 +47,7 @@ class _Fail(Exception):
 
 class UpdateRun:
     """inbox: of this update. hosts: of all ranks, for messages. make_pass: the kind of pass. device: uuid a worker on this
-    rank must have, None: not checked."""
+    rank must have, None: not checked. recorder: of this rank's timeline."""
 
     def __init__(
         self,
@@ -79,7 +62,9 @@ class UpdateRun:
         make_pass: Callable[..., Pass] = Pass,
         device: str | None = None,
         progress: Callable[[int], None] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
+        self._recorder = recorder or Recorder(enabled=False)
         self._inbox, self._number = inbox, inbox.update
         self._version, self._plan, self._lane, self._regions = version, plan, lane, regions
         self._links, self._settings, self._device, self._progress = links, settings, device, progress
@@ -109,7 +94,8 @@ class UpdateRun:
         try:
             while (end := self._step(deadline)) is None:
                 pass
-            return Outcome(self._pass_number, end.stats, end.ways, end.notes, self._crew.reads)
+            timelines = self._leader.timelines(self._hosts) if self._leader is not None else ()
+            return Outcome(self._pass_number, end.stats, end.ways, end.notes, self._crew.reads, timelines)
         except _Fail as e:
             failure = e.failure
             self._abort(failure, e.announced)
@@ -230,6 +216,8 @@ class UpdateRun:
         if begin.again:
             self._loaded_before = self._loaded_before or (self._pass is not None and self._pass.loads_sent > 0)
             self._lane.rest()
+        else:
+            self._recorder.lap("wait")
         worker = self._crew.take(again=begin.again) if self._rank in begin.ranks else None
         self._pass_number = begin.pass_
         self._pass = self._make_pass(
@@ -241,6 +229,7 @@ class UpdateRun:
             self._settings.timeout,
             self._deadline,
             self._progress if begin.pass_ == 1 else None,
+            self._recorder,
         )
         self._pass_thread = threading.Thread(target=self._run_pass, args=(self._pass,), name="pass", daemon=True)
         self._pass_thread.start()
@@ -263,6 +252,7 @@ class UpdateRun:
         self._links.send(LEADER, done)
 
     def _commit(self) -> None:
+        self._recorder.lap()
         try:
             self._crew.commit(self._version, self._settings.connect_timeout)
         except CheckpointEngineError as e:
@@ -270,7 +260,8 @@ class UpdateRun:
             raise self._fail("commit", str(e)) from e
         self._lane.rest()
         self._pass, self._loaded_before = None, False
-        self._links.send(LEADER, m.Settled(self._number, self._pass_number))
+        self._recorder.lap("commit")
+        self._links.send(LEADER, m.Settled(self._number, self._pass_number, self._recorder.take()))
 
     # --- failure -------------------------------------------------------------------------------------------------------
 

@@ -29,9 +29,10 @@ from checkpoint_engine.server.neighbours import meet_neighbours
 from checkpoint_engine.server.offer import Offer, exchange_offers
 from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.server.pull import AheadPass, Puller
-from checkpoint_engine.server.report import UpdateReport, method_name
-from checkpoint_engine.server.update import CAUSE_SECONDS, RequestFunction, UpdateRun, make_report
+from checkpoint_engine.server.report import UpdateReport, make_report, method_name
+from checkpoint_engine.server.update import CAUSE_SECONDS, RequestFunction, UpdateRun
 from checkpoint_engine.settings import Settings
+from checkpoint_engine.timeline import Recorder, span_limit
 from checkpoint_engine.transport.descriptors import SharedDescriptor, whereabouts
 from checkpoint_engine.transport.links import LEFT, Inbox
 from checkpoint_engine.transport.messages import Failure, Stopped
@@ -81,9 +82,11 @@ class Updater:
             )
             if isinstance(prepared, Exception):
                 raise prepared
+            recorder = Recorder(time.perf_counter(), span_limit(len(offers)), enabled=settings.timelines)
             plan = prepared.plan
             method, opened = self._puller.open(stack, links, offers, plan, prepared.manifest, settings.join_timeout)
             lane = stack.enter_context(self._empty_lane()) if method.pull else self._join(stack, number, offers, plan, settings)
+            recorder.lap("join")
             run = UpdateRun(
                 inbox,
                 offers[0].version,
@@ -96,6 +99,7 @@ class Updater:
                 partial(MappedPass if method.pull else AheadPass, opened) if opened else self._make_pass,
                 self._device.uuid if self._device.kind != "cpu" else None,
                 progress,
+                recorder,
             )
             outcome = run.run(req_func, [(o.device, o.handle) for o in offers])
         self._keeper.proven = lane.method == "copies"

@@ -56,7 +56,12 @@ class Collective(Closing):
     def __init__(self, seconds: float) -> None:
         """seconds: deadline of one broadcast. Whoever begins an update may set its own."""
         self.seconds = seconds
-        self.spans = Spans()  # of this rank's broadcasts
+        self.spans = Spans()  # of all broadcasts on this rank, in their order; where not in_step, of its own alone
+
+    @property
+    def copies(self) -> int:
+        """How often a span of this rank's moves the bytes of its piece."""
+        return 1
 
     @abstractmethod
     def broadcast(

@@ -6,8 +6,9 @@ import msgspec
 
 from checkpoint_engine.devices.base import SharedHandle
 from checkpoint_engine.planning.plan import Item
+from checkpoint_engine.timeline import Span
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised by one whenever a message changes its meaning; both ends come from the installed package."""
 
 
@@ -39,10 +40,11 @@ class Loaded(Message, frozen=True):
 
 class Spent(msgspec.Struct, frozen=True, array_like=True):
     """What a worker tells of one stream. seconds: at work, by stage: "worker" (all that its Python did, waiting left out), and of
-    it "record", "prove" or "replay". notes: for people, about its load plan."""
+    it "record", "prove" or "replay". notes: for people, about its load plan. spans: by its own `time.perf_counter`."""
 
     seconds: dict[str, float] = {}
     notes: tuple[str, ...] = ()
+    spans: tuple[Span, ...] = ()
 
 
 class Again(Message, frozen=True):
@@ -205,10 +207,11 @@ class CommitPass(Message, frozen=True):
 
 
 class Settled(Message, frozen=True):
-    """This rank's worker has committed pass `pass_`."""
+    """This rank's worker has committed pass `pass_`. spans: of the pass on this rank, for rank 0."""
 
     update: int
     pass_: int
+    spans: tuple[Span, ...] = ()
 
 
 class End(Message, frozen=True):

@@ -134,6 +134,10 @@ class PushCollective(Collective):
             self.member = Member(os.getpid(), page.shared, handle, memory)
             self._owned = stack.pop_all()
 
+    @property
+    def copies(self) -> int:
+        return len(self._members) - 1
+
     def meet(self, members: Sequence[Member], *, at_once: bool = True) -> None:
         """Open what all ranks, in rank order, have told of themselves.
 

@@ -45,6 +45,7 @@ from checkpoint_engine.transport.session import ServerChannel, connect
 from checkpoint_engine.worker.recorded import Loads, LoadWeights
 from checkpoint_engine.worker.state import WeightsState, weights_state
 from checkpoint_engine.worker.views import Views
+from checkpoint_engine.worker.work import Work
 
 Expected = TypeVar("Expected")
 KEPT_TABLES = 4
@@ -122,8 +123,8 @@ class _Session:
         recorded = settings.recorded_loads == "on" or (settings.recorded_loads == "auto" and self.device.kind == "cpu")
         self.loads = Loads(run, model if recorded else None, self.device)
         self.soiled = False
-        self._busy = 0.0
-        self._queued: collections.deque[tuple[Loaded, Event]] = collections.deque()
+        self._work = Work(self.device)
+        self._queued: collections.deque[tuple[Loaded, Event, float]] = collections.deque()
 
     def connect(self, handle: str) -> ServerChannel:
         try:
@@ -160,7 +161,7 @@ class _Session:
                 self.loads.begin(attach.plan, tables)
             except Exception as e:
                 raise _Failure("attach", -1, e) from e
-            self._busy += time.perf_counter() - start
+            self._work.did("attach", start)
             while isinstance(message := self._next_bucket(), Load):
                 if not 0 <= message.bucket < len(tables):
                     raise ProtocolError(f"the server sent bucket {message.bucket} of {len(tables)}")
@@ -176,7 +177,7 @@ class _Session:
         except Exception as e:
             raise _Failure("load", -1, e) from e
         finally:
-            self._busy += time.perf_counter() - start
+            self._work.did("plan", start)
 
     def _soil(self) -> None:
         self.state.soil()
@@ -214,9 +215,8 @@ class _Session:
         try:
             self._soil()
             inside = self.loads.load(bucket, table, views)
-            seconds = time.perf_counter() - start
-            self._busy += seconds
-            self._queued.append((Loaded(bucket, seconds, inside), self.device.mark()))
+            seconds = self._work.did("load", start, bucket)
+            self._queued.append((Loaded(bucket, seconds, inside), self.device.mark(), start + seconds))
         except Exception as e:
             raise _Failure("load", bucket, e) from e
 
@@ -226,7 +226,7 @@ class _Session:
         Their bytes may be overwritten from then on: the engine's copies must be done, not just queued.
         """
         while self._queued:
-            loaded, copied = self._queued[0]
+            loaded, copied, queued = self._queued[0]
             try:
                 done = copied.wait(seconds)
             except Exception as e:
@@ -237,6 +237,7 @@ class _Session:
                 return
             self._queued.popleft()
             self._send(loaded)
+            self._work.copied(loaded.bucket, queued)
             seconds = 0.0
 
     def _finish(self) -> None:
@@ -247,16 +248,15 @@ class _Session:
             self.device.synchronize()
         except Exception as e:
             raise _Failure("post_hook", -1, e) from e
-        seconds = time.perf_counter() - start
-        self._busy += seconds
+        seconds = self._work.did("post_hook", start)
         reads = self.loads.reads if self.device.reads_regions else -1
         self._send(Ready(seconds, self._spent(), self.loads.way.value, reads))
 
     def _spent(self) -> Spent:
         """Since the last time that it was told."""
         loads = self.loads
-        spent = Spent({"worker": self._busy, **loads.spent}, tuple(loads.notes))
-        self._busy = 0.0
+        seconds, spans = self._work.take()
+        spent = Spent({"worker": seconds, **loads.spent}, tuple(loads.notes), spans)
         loads.spent.clear()
         loads.notes.clear()
         return spent

@@ -1,0 +1,61 @@
+"""What each stage of a pass did on this rank: statistics for the report, spans for the timeline."""
+
+from __future__ import annotations
+
+import time
+
+from checkpoint_engine.devices.spans import Spans
+from checkpoint_engine.planning.plan import Piece, Plan
+from checkpoint_engine.server.heard import Heard
+from checkpoint_engine.server.lane import Lane
+from checkpoint_engine.timeline import Recorder
+from checkpoint_engine.transport.messages import StageStats
+
+
+class Stages:
+    """lifts: of this rank's pieces, in their order; one thread adds while another one settles."""
+
+    def __init__(self, plan: Plan, lane: Lane, recorder: Recorder) -> None:
+        self._plan, self._lane, self._recorder = plan, lane, recorder
+        self.lifts = Spans()
+        self._began = 0.0
+
+    def begin(self) -> None:
+        """The pass does; nothing is queued yet."""
+        self._began = time.perf_counter()
+        clock = self._lane.lifting.clock() if self._recorder.enabled else None
+        for spans in self._streams():
+            spans.begin(clock)
+
+    def settle(self) -> None:
+        """Find out what took how long, of what is over: now and then, while later work runs."""
+        for spans in self._streams():
+            spans.settle()
+
+    def _streams(self) -> list[Spans]:
+        collective = self._lane.collective
+        return [self.lifts] if collective is None else [self.lifts, collective.spans]
+
+    def moved(self, lifted: int) -> dict[str, StageStats]:
+        """Of lift and share, at the end. lifted: bytes."""
+        lane, plan = self._lane, self._plan
+        stream = [(index, plan.buckets[index].pieces[number]) for index, number in plan.stream]
+        own = [(index, piece) for index, piece in stream if piece.owner == lane.rank]
+        stats = {"lift": StageStats(lifted, self._take("lift", self.lifts, own))}
+        if (collective := lane.collective) is not None:
+            pieces = stream if collective.in_step else own
+            stats["share"] = StageStats(plan.nbytes, self._take("share", collective.spans, pieces, collective.copies))
+        return stats
+
+    def _take(self, stage: str, spans: Spans, pieces: list[tuple[int, Piece]], copies: int = 1) -> float:
+        """pieces: (bucket, piece), as they were added. Returns the seconds."""
+        seconds, times = spans.take()
+        for (bucket, piece), (since, until) in zip(pieces, times, strict=False):  # no times without a clock
+            self._recorder.add(stage, bucket, since, until, copies * piece.nbytes)
+        return seconds
+
+    def loaded(self, heard: Heard) -> dict[str, StageStats]:
+        """Of all that the worker did."""
+        sizes = [sum(item.nbytes for item in bucket.items) for bucket in self._plan.buckets]
+        self._recorder.add_worker(heard.spans, self._began, time.perf_counter(), sizes)
+        return heard.stats(self._plan.nbytes)
