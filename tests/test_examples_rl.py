@@ -25,7 +25,8 @@ def test_reward_rises_and_engines_serve_the_policy(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_ports(3))]
     process = subprocess.Popen(
         [*torchrun, str(SCRIPT), "--steps", str(STEPS), "--out", str(tmp_path)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=280)

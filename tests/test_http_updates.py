@@ -176,6 +176,9 @@ def test_what_the_caller_did_wrong(rest: httpx.Client, engines: list[str]) -> No
     assert error(rest.get("/v1/updates/none")) == (404, "NotFoundError")
     assert error(rest.get("/v1/manifest", params={"checkpoint": "none"})) == (404, "CheckpointNotFoundError")
     assert rest.get("/control/state").status_code == 404
+    assert error(rest.get("/v1/nothing")) == (404, "HTTPError")
+    refused = rest.put("/v1/updates/1", json={})
+    assert (error(refused), refused.headers["allow"]) == ((405, "HTTPError"), "GET, DELETE")
 
 
 def test_metrics(rest: httpx.Client, engines: list[str]) -> None:
