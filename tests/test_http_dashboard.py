@@ -1,18 +1,13 @@
 """The dashboard in headless Chromium, against a fleet of eight ranks that updates eight engines.
 
-Needs Debian's chromium and a Python with playwright, which need not be this one: PLAYWRIGHT_PYTHON names it.
-    python3 -m venv /tmp/playwright && /tmp/playwright/bin/pip install playwright
-Screenshots stay in pytest's temporary directory.
+Needs Debian's chromium and, from `make tools`, playwright. Screenshots stay in pytest's temporary directory.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +18,7 @@ import pytest
 
 from helpers.engines import engine_processes
 from helpers.rest import engine_bodies, follow, gated, model_dir, serving, wait_until_met
+from helpers.tools import tool
 
 RANKS = 8
 SCRIPT = Path(__file__).with_name("browser_dashboard.py")
@@ -34,12 +30,9 @@ pytestmark = pytest.mark.timeout(240)  # on two cores, seventeen processes take 
 def browser() -> tuple[str, str]:
     """(Python with playwright, chromium); skipped where there is none."""
     chromium = shutil.which("chromium")
-    python = os.environ.get("PLAYWRIGHT_PYTHON") or (sys.executable if importlib.util.find_spec("playwright") else None)
     if chromium is None:
         pytest.skip("no chromium here (Debian's package of that name)")
-    if python is None:
-        pytest.skip("no playwright: set PLAYWRIGHT_PYTHON to a Python that has it")
-    return python, chromium
+    return tool("python"), chromium
 
 
 @contextmanager
