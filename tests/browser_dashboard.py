@@ -16,7 +16,8 @@ from playwright.sync_api import Page, sync_playwright  # type: ignore[import-not
 SECONDS = 20_000  # milliseconds, as playwright counts
 PHONE = {"width": 390, "height": 844}
 ENGINES_SAY = """() => { const rows = [...document.querySelectorAll("#engines tbody tr")];
-    return rows.length && rows.every((row) => row.lastChild.textContent !== "\\u2013" || row.textContent.includes("unreachable")); }"""
+    const says = (row) => row.lastChild.textContent !== "\\u2013" || row.textContent.includes("unreachable");
+    return rows.length && rows.every(says); }"""
 PAINTED = """(canvas) => { const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
     return data.some((value) => value); }"""
 
