@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +12,14 @@ import pytest
 
 from checkpoint_engine.http.serve import DEFAULT_PORT
 from helpers.ports import free_ports
+from helpers.processes import BIN, started, url_of
 from helpers.rest import wait_until_met
 from helpers.tools import tool
 
 yaml = pytest.importorskip("yaml")
 DEPLOY = Path(__file__).parents[1] / "deploy"
 MANIFEST = DEPLOY / "kubernetes" / "engine.yaml"
-BIN = Path(sys.executable).parent
 TOKEN = "correct-horse-battery"
-
-
-@contextlib.contextmanager
-def started(command: list[str], **variables: str) -> Iterator[list[str]]:
-    """A process group; yields its output so far, line by line, and ends it by SIGTERM."""
-    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
-    env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **variables}
-    lines: list[str] = []
-    with subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
-        assert process.stdout is not None
-        reader = threading.Thread(target=lambda pipe: lines.extend(pipe), args=(process.stdout,))
-        reader.start()
-        try:
-            yield lines
-        finally:
-            process.terminate()  # torchrun passes it on
-            try:
-                process.wait(40)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                reader.join(20)
-
-
-def url_of(lines: list[str], seconds: float = 60.0) -> str:
-    """Where the fleet that prints these listens."""
-    waited, pause = 0.0, threading.Event()
-    while waited < seconds:
-        if found := re.search(r"listening on (\S+)", "".join(lines)):
-            return found[1].replace("0.0.0.0", "127.0.0.1")
-        pause.wait(0.1)
-        waited += 0.1
-    raise AssertionError("nobody listens: " + "".join(lines))
 
 
 def test_manifests_fit_their_schemas() -> None:
