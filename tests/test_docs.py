@@ -1,6 +1,6 @@
 """README and docs/: every command and every program in them is run, as it stands but for places of this host.
 
-A fenced block is known by its first line. It is in RUN, with what runs it, or in NOT_RUN, with the reason. One that is in neither
+A fenced block is known by how it begins. It is in RUN, with what runs it, or in NOT_RUN, with the reason. One that is in neither
 fails: say which it is.
 """
 
@@ -25,8 +25,8 @@ from checkpoint_engine.engines.embedded.model import ServedModel
 from embedded_support import save_llama
 from helpers.engines import engine_processes
 from helpers.ports import free_ports
-from helpers.processes import BIN, started, url_of
-from helpers.rest import model_dir, wait_until_met
+from helpers.processes import BIN, started, until_said, url_of
+from helpers.rest import gated, model_dir, wait_until_met
 from helpers.tools import tool
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ class Block:
 
     @property
     def key(self) -> str:
-        return f"{self.page}: {self.text.splitlines()[0].strip()}"
+        return f"{self.page}: {' / '.join(line.strip() for line in self.text.splitlines())}"
 
     @property
     def commands(self) -> list[str]:
@@ -95,6 +95,10 @@ def block(key: str) -> Block:
     """The one that begins so."""
     (found,) = (b for k, b in BLOCKS.items() if k.startswith(key))
     return found
+
+
+def commands(key: str) -> list[str]:
+    return block(key).commands
 
 
 def test_every_block_is_run_or_there_is_a_reason() -> None:
@@ -154,15 +158,17 @@ COMMAND_BLOCK = "README.md: checkpoint-engine demo"
 
 def command(name: str) -> str:
     """The README's line for a command, with what is optional and of several ways the first."""
-    (line,) = (c for c in block(COMMAND_BLOCK).commands if re.search(rf"(checkpoint-engine|checkpoint_engine) {name}\b", c))
-    return re.sub(r"\[(.*?)\]", r"\1", line).replace("URL|FILE", "URL")
+    (line,) = (c for c in commands(COMMAND_BLOCK) if re.search(rf"(checkpoint-engine|checkpoint_engine) (\w+\|)*{name}\b", c))
+    return re.sub(r"\[(.*?)\]", r"\1", line).replace("URL|FILE", "URL").replace("status|watch", name)
 
 
 @runs(COMMAND_BLOCK)
 def test_all_commands_of_the_readme_are_known_here() -> None:
-    named = {re.search(r"(?:checkpoint-engine|checkpoint_engine) ([a-z]+)", c)[1] for c in block(COMMAND_BLOCK).commands}  # type: ignore[index]
-    assert named == {"demo", "inspect", "probe", "engine", "serve", "join", "update"}
-    assert named <= set(COMMANDS)
+    named = set()
+    for line in commands(COMMAND_BLOCK):
+        (words,) = re.findall(r"(?:checkpoint-engine|checkpoint_engine) ([a-z|]+)", line)
+        named |= set(words.split("|"))
+    assert named == set(COMMANDS) - {"plan"}  # which docs/cost-model.md has
 
 
 def test_demo(tmp_path: Path) -> None:
@@ -182,7 +188,7 @@ def test_engine_and_update(site: Site) -> None:
     words = shlex.split(as_here(command("engine"), own))
     with started([str(BIN / words[0]), *words[1:]]) as lines:
         ports = {"http://127.0.0.1:8001": url_of(lines), "http://127.0.0.1:8002": site.engines[0], "DIR": str(site.model)}
-        assert "GB/s" in site.shell(as_here(command("update"), ports))
+        assert "GB/s" in site.shell(as_here(command("update --checkpoint"), ports))
         site.serves(*list(ports.values())[:2])
 
 
@@ -195,13 +201,13 @@ def test_serve_and_join(site: Site) -> None:
             wait_until_met(rest, 2)
             rest.post("/v1/checkpoints", json={"name": "first", "directory": str(site.model)}).raise_for_status()
             for line, engine in zip(
-                (command("join"), block("docs/peer.md: checkpoint-engine join").commands[0]), site.engines, strict=True
+                (command("join"), commands("docs/peer.md: checkpoint-engine join")[0]), site.engines, strict=True
             ):
                 changes = {"URL": url, "http://HOST:8600": url, "http://127.0.0.1:8003": engine, "http://NEW:30000": engine}
                 site.shell(as_here(line, changes))
                 site.serves(engine)
             (site.here / "metas.json").write_bytes(rest.get("/v1/manifest").content)
-            for line in block("docs/peer.md: checkpoint-engine join").commands[1:]:
+            for line in commands("docs/peer.md: checkpoint-engine join")[1:]:
                 changes = {"http://NEW:30000": site.engines[0], "--from ...": f"--from {url}", "...": site.engines[0]}
                 line = line.replace("--nproc-per-node 8", "--nproc-per-node 1").replace("-parallel-size 8", "-parallel-size 1")
                 site.shell(as_here(line, changes))
@@ -230,14 +236,12 @@ def test_the_contracts_calls(site: Site) -> None:
 # --- docs ----------------------------------------------------------------------------------------------------------------
 
 
-@runs("docs/operate.md: curl")
-def test_driving_a_fleet_by_curl(site: Site) -> None:
-    """And all that is around it on that page: starting it, with ceilings."""
-    if shutil.which("curl") is None:
-        pytest.skip("no curl here")
-    measure, serve = block("docs/operate.md: checkpoint-engine probe").commands
+@pytest.fixture
+def url(site: Site) -> Iterator[str]:
+    """Of a fleet of two ranks, started as docs/operate.md says, with ceilings."""
+    measure, serve = commands("docs/operate.md: checkpoint-engine probe --json > ceilings.json / torchrun")
     site.shell(measure)
-    install, first = block("docs/operate.md: pip install").commands
+    install, first = commands("docs/operate.md: pip install")
     assert install == "pip install 'ckpt-engine[server]'"  # which was done to run this
     assert serve.startswith(first)
     words = shlex.split(serve.replace("--nproc-per-node 8", f"--nproc-per-node 2 --master-port {free_ports(3)}"))
@@ -246,26 +250,77 @@ def test_driving_a_fleet_by_curl(site: Site) -> None:
         url = url_of(lines)
         with httpx.Client(base_url=url, trust_env=False, timeout=SECONDS) as rest:
             wait_until_met(rest, 2)
-        changes = {"localhost:8600": url, "/models/step-12": str(site.model), '"kind": "vllm"': '"kind": "sglang"'}
-        engines = '"url": "{}"}}, {{"kind": "sglang", "url": "{}"'.format(*site.engines)
-        register, begin, follow = (
-            as_here(c, {**changes, '"url": "http://127.0.0.1:8000"': engines}) for c in block("docs/operate.md: curl").commands
+            assert set(rest.get("/v1/fleet").json()["ceilings"]) >= {"lift", "load"}
+        yield url
+
+
+RUN["docs/operate.md: pip install"] = RUN["docs/operate.md: checkpoint-engine probe --json > ceilings.json / torchrun"] = url
+
+
+@runs("docs/operate.md: curl")
+def test_driving_a_fleet_by_curl(site: Site, url: str) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("no curl here")
+    changes = {"localhost:8600": url, "/models/step-12": str(site.model), '"kind": "vllm"': '"kind": "sglang"'}
+    engines = '"url": "{}"}}, {{"kind": "sglang", "url": "{}"'.format(*site.engines)
+    register, begin, follow = (
+        as_here(c, {**changes, '"url": "http://127.0.0.1:8000"': engines}) for c in commands("docs/operate.md: curl")
+    )
+    assert json.loads(site.shell(register))["name"] == "step-12"
+    id_ = json.loads(site.shell(begin))["id"]
+    assert '"state":"committed"' in site.shell(follow.replace("/ID/", f"/{id_}/"))
+    site.serves(*site.engines)
+
+
+@runs("docs/operate.md: checkpoint-engine probe --json > ceilings.json / checkpoint-engine trace")
+@runs("docs/operate.md: checkpoint-engine register")
+def test_driving_a_fleet_by_commands(site: Site, url: str) -> None:
+    """Those of docs/operate.md, with CHECKPOINT_ENGINE_URL, and then those of the README."""
+    endpoints = f"--engine sglang --endpoint {site.engines[0]} --endpoint {site.engines[1]}"
+    changes = {
+        "/models/step-12": str(site.model), "--engine vllm --endpoint http://127.0.0.1:8000": endpoints,
+        "http://127.0.0.1:8600": url,
+    }  # fmt: skip
+    register, update, status, watch, *traces = (
+        as_here(c, changes) for c in commands("docs/operate.md: checkpoint-engine register")
+    )
+    site.shell(register.replace(str(site.model), f"{site.model} --name step-12"), CHECKPOINT_ENGINE_URL=url)
+    site.shell(update, CHECKPOINT_ENGINE_URL=url)
+    site.serves(*site.engines)
+    assert "step-12" in site.shell(status, CHECKPOINT_ENGINE_URL=url)
+    assert watch == "checkpoint-engine watch"  # below, while something runs
+    measure, summary = commands("docs/operate.md: checkpoint-engine probe --json > ceilings.json / checkpoint-engine trace")
+    for line in (
+        *traces,
+        measure,
+        summary,
+        as_here(command("trace summary"), {"FILE --ceilings FILE": "trace.json --ceilings ceilings.json"}),
+    ):
+        printed = site.shell(line, CHECKPOINT_ENGINE_URL=url)
+    assert "bounds the update" in printed or "No stage bounds" in printed
+    for name in ("register", "status"):
+        assert json.loads(
+            site.shell(as_here(command(name), {"URL": url, "DIR": str(site.model)}).removesuffix("--json") + " --json")
         )
-        assert json.loads(site.shell(register))["name"] == "step-12"
-        id_ = json.loads(site.shell(begin))["id"]
-        assert '"state":"committed"' in site.shell(follow.replace("/ID/", f"/{id_}/"))
-        site.serves(*site.engines)
-        assert set(httpx.get(f"{url}/v1/fleet", trust_env=False).json()["ceilings"]) >= {"lift", "load"}
-
-
-RUN["docs/operate.md: pip install"] = RUN["docs/operate.md: checkpoint-engine probe"] = test_driving_a_fleet_by_curl
+    with gated(site.engines[1]) as (front, asked, may):
+        update = (
+            f"{as_here(command('update --url'), {'URL': url, 'NAME': 'step-12'})} --endpoint {site.engines[0]} --endpoint {front}"
+        )
+        with started([str(BIN / word) if word == "checkpoint-engine" else word for word in shlex.split(update)]) as lines:
+            assert asked.wait(SECONDS)
+            watch = f"{command('watch').replace('URL', url)}"
+            with started([str(BIN / word) if word == "checkpoint-engine" else word for word in shlex.split(watch)]) as seen:
+                until_said(seen, '"updating"')  # it follows
+                may.set()
+                until_said(seen, '"committed"')
+            until_said(lines, "step-12@")
 
 
 @runs("docs/cost-model.md: checkpoint-engine plan")
 def test_plan(tmp_path: Path) -> None:
     site = Site(save_llama(tmp_path / "model"), [], tmp_path)
     site.shell("checkpoint-engine probe --json > probe.json")
-    *some, published = block("docs/cost-model.md: checkpoint-engine plan").commands
+    *some, published = commands("docs/cost-model.md: checkpoint-engine plan")
     for line in some:
         assert site.shell(line.replace("/models/mine", str(site.model)))
     assert published.endswith(" --published")  # half a minute's work, of which test_cli_plan has the parts
@@ -277,7 +332,7 @@ def test_update_of_one_replica_of_two_ranks(tmp_path: Path) -> None:
     model = model_dir(tmp_path / "model")
     with engine_processes(model, [[]]) as [follower], engine_processes(model, [["--follower", follower]]) as [leader]:
         site = Site(model, [leader], tmp_path)
-        (line,) = block("docs/sglang.md: torchrun").commands
+        (line,) = commands("docs/sglang.md: torchrun")
         site.shell(as_here(line, {"DIR": str(model), "http://127.0.0.1:19730": leader}))
         site.serves(leader, follower)
 
@@ -302,7 +357,7 @@ RUN["docs/integrators.md: import sys"] = test_an_engine_of_ones_own
 @runs("docs/integrators.md: torchrun")
 def test_the_examples_command() -> None:
     """tests/test_examples_rl.py runs it, in short."""
-    (line,) = block("docs/integrators.md: torchrun").commands
+    (line,) = commands("docs/integrators.md: torchrun")
     script, flag, steps = line.split()[-3:]
     assert (ROOT / script).is_file() and flag == "--steps" and steps.isdigit()
 

@@ -40,12 +40,17 @@ def started(command: list[str], **variables: str) -> Iterator[list[str]]:
                 reader.join(20)
 
 
-def url_of(lines: list[str], seconds: float = 60.0) -> str:
-    """Where what prints these listens."""
+def until_said(lines: list[str], pattern: str, seconds: float = 60.0) -> re.Match[str]:
+    """The first match of a regular expression in what a process prints."""
     waited, pause = 0.0, threading.Event()
     while waited < seconds:
-        if found := re.search(r"listening on (\S+)", "".join(lines)):
-            return found[1].replace("0.0.0.0", "127.0.0.1")
+        if found := re.search(pattern, "".join(lines)):
+            return found
         pause.wait(0.1)
         waited += 0.1
-    raise AssertionError("nobody listens: " + "".join(lines))
+    raise AssertionError(f"not said in {seconds:g} s: {pattern}\n" + "".join(lines))
+
+
+def url_of(lines: list[str]) -> str:
+    """Where what prints these listens."""
+    return until_said(lines, r"listening on (\S+)")[1].replace("0.0.0.0", "127.0.0.1")
