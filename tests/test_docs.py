@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,6 +215,27 @@ def test_serve_and_join(site: Site) -> None:
 
 
 RUN["docs/peer.md: checkpoint-engine join"] = test_serve_and_join
+
+
+@runs("README.md: DIR=")
+def test_a_fleet_to_look_at(tmp_path: Path) -> None:
+    """With a model of our own for the demo's, which is 90 MB."""
+    first, *rest = commands("README.md: DIR=")
+    site = Site(model_dir(tmp_path / "model"), [], tmp_path)
+    assert "sentence_bert_config" in "".join(site.shell(f"{first}; ls $DIR").split())
+    changes = {"$DIR": str(site.model), "--port 8001": "--port 0", "--port 8002": "--port 0"}
+    with ExitStack() as stack:
+        for name in ("http://127.0.0.1:8001", "http://127.0.0.1:8002", "http://127.0.0.1:8600"):
+            words = shlex.split(as_here(rest.pop(0).removesuffix(" &"), changes))
+            if words[0] == "torchrun":
+                words = [words[0], "--master-port", str(free_ports(3)), *words[1:], "--port", "0"]
+            changes[name] = url_of(stack.enter_context(started([str(BIN / words[0]), *words[1:]])))
+        url = changes["http://127.0.0.1:8600"]
+        with httpx.Client(base_url=url, trust_env=False, timeout=SECONDS) as client:
+            wait_until_met(client, 2)
+        for line in rest:
+            assert site.shell(as_here(line, changes), CHECKPOINT_ENGINE_URL=url)
+        site.serves(changes["http://127.0.0.1:8001"], changes["http://127.0.0.1:8002"])
 
 
 @runs("README.md: from transformers import AutoModel")
