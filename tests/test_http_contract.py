@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_engine.engines.sglang import SGLang
 from checkpoint_engine.errors import SettingsError
-from checkpoint_engine.http.contract import request_function
+from checkpoint_engine.http.contract import Request
 from checkpoint_engine.http.schemas import ContractUpdateBody
 from helpers.engines import engine_processes
 from helpers.rest import model_dir
@@ -102,7 +102,7 @@ def test_routes_of_the_contract(clients: list[httpx.Client], model: Path, tmp_pa
         assert (refused.status_code, refused.json()["error"]["type"]) == (421, "NotLeaderError")
         # An engine that fails: every rank says so, and what failed.
         own[1]["update_url"] = "http://127.0.0.1:1/collective_rpc"
-        assert everywhere(clients, "POST", "/v1/checkpoints/mine/update", own) == [500] * RANKS
+        assert everywhere(clients, "POST", "/v1/checkpoints/mine/update", own) == [502] * RANKS
         assert everywhere(clients, "DELETE", "/v1/checkpoints/mine", [None] * RANKS) == [200] * RANKS
         assert everywhere(clients, "DELETE", "/v1/checkpoints/mine", [None] * RANKS) == [404] * RANKS
 
@@ -121,6 +121,12 @@ def test_a_path_that_two_ranks_share(socket_dir: Path) -> None:
 
 def test_handles_that_an_engine_is_sent() -> None:
     handles = [(f"GPU-{rank}", f"ipc-{rank}") for rank in range(4)]
-    request_function(ContractUpdateBody())(handles)  # no URL: nobody is asked
-    with pytest.raises(SettingsError, match=r"inference_group_ranks \[4\] are not in a world of 4"):
-        request_function(ContractUpdateBody(update_url="http://127.0.0.1:1/x", inference_group_ranks=[0, 4]))(handles)
+    Request(ContractUpdateBody())(handles)  # no URL: nobody is asked
+    for body in (
+        ContractUpdateBody(update_url="http://127.0.0.1:1/x", inference_group_ranks=[0, 4]),
+        ContractUpdateBody(update_url="no URL"),
+    ):
+        request = Request(body)
+        with pytest.raises(SettingsError, match=r"inference_group_ranks \[4\] are not in a world of 4|'no URL' is not") as caught:
+            request(handles)
+        assert request.refused is caught.value  # which the caller is told, instead of how the update ended

@@ -1,18 +1,13 @@
 """The dashboard in headless Chromium, against a fleet of eight ranks that updates eight engines.
 
-Needs Debian's chromium and a Python with playwright, which need not be this one: PLAYWRIGHT_PYTHON names it.
-    python3 -m venv /tmp/playwright && /tmp/playwright/bin/pip install playwright
-Screenshots stay in pytest's temporary directory.
+Needs Debian's chromium and, from `make tools`, playwright. Screenshots stay in pytest's temporary directory.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +18,7 @@ import pytest
 
 from helpers.engines import engine_processes
 from helpers.rest import engine_bodies, follow, gated, model_dir, serving, wait_until_met
+from helpers.tools import tool
 
 RANKS = 8
 SCRIPT = Path(__file__).with_name("browser_dashboard.py")
@@ -34,12 +30,9 @@ pytestmark = pytest.mark.timeout(240)  # on two cores, seventeen processes take 
 def browser() -> tuple[str, str]:
     """(Python with playwright, chromium); skipped where there is none."""
     chromium = shutil.which("chromium")
-    python = os.environ.get("PLAYWRIGHT_PYTHON") or (sys.executable if importlib.util.find_spec("playwright") else None)
     if chromium is None:
         pytest.skip("no chromium here (Debian's package of that name)")
-    if python is None:
-        pytest.skip("no playwright: set PLAYWRIGHT_PYTHON to a Python that has it")
-    return python, chromium
+    return tool("python"), chromium
 
 
 @contextmanager
@@ -96,7 +89,8 @@ def test_dashboard_follows_a_fleet(browser: tuple[str, str], tmp_path: Path) -> 
         assert (reached["chosen"], reached["kept"], reached["title"]) == ("v1", "v1", "Update to v1")
         assert reached["outline"] == "solid"
         assert see("phone") == {"width": 390, "small": []}
-    assert len(list(screenshots.iterdir())) == 9
+        assert see("dark") == {"back": "rgb(20, 23, 27)"}
+    assert len(list(screenshots.iterdir())) == 11
 
 
 def _begin(rest: httpx.Client, urls: list[str], version: str) -> str:
@@ -116,15 +110,31 @@ def _follow_one(rest: httpx.Client, urls: list[str], see: Callable[[str], Any]) 
         may.set()
         assert follow(rest, id_)["state"] == "committed"
         see("idle")
-    seen = see("over")
+        seen = see("over")
     assert seen["title"] == "Update to v1"
     assert seen["updates"][0][0] == "v1" and "committed" in seen["updates"][0][2]
     stages = {row[0]: row for row in seen["stages"]}
     assert stages["load"][4] == "8.00 GB/s" and stages["load"][5].endswith(" %")  # beside the host's ceiling
-    assert [row[0] for row in seen["timeline"]] == [f"rank {rank}" for rank in range(RANKS)]
-    assert all("share" in row for row in seen["timeline"])
+    assert stages["share"][4] == "8.00 GB/s"
+    assert [row[0] for row in seen["works"]] == [f"rank {rank}" for rank in range(RANKS)]
+    assert all("share" in row for row in seen["works"])
+    timeline = rest.get(f"/v1/updates/{id_}/timeline").raise_for_status().json()
+    assert seen["timeline"] == [f"rank {rank} on {timeline['ranks'][rank]['host']}" for rank in range(RANKS)]
+    assert seen["bound"] == timeline["bound"]
+    assert set(seen["lanes"]) >= {"lift", "share", "load", "around"}
+    _read_timeline(see, timeline)
     assert seen["columns"] == 1
     assert [row[2] for row in seen["engines"]] == ["v1"] * RANKS
+
+
+def _read_timeline(see: Callable[[str], Any], timeline: Any) -> None:
+    seen = see("spans")
+    spans = timeline["ranks"][0]["spans"]
+    for text, span in zip(seen["read"], (spans[0], spans[1], spans[-1]), strict=True):
+        assert text.startswith(f"rank 0: {span['stage']}")
+    assert seen["pointed"].startswith(f"rank {RANKS - 1}: ")
+    assert seen["painted"] == [True] * RANKS
+    assert seen["events"] >= sum(len(rank["spans"]) for rank in timeline["ranks"])
 
 
 def _fail_and_cancel(rest: httpx.Client, urls: list[str], see: Callable[[str], Any]) -> None:

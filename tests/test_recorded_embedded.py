@@ -65,7 +65,7 @@ def _changed(tensors: Tensors, seed: int) -> Tensors:
 
 
 def _answer(model: ServedModel) -> object:
-    return model.embed(["the cat sat", "a red dog ran"]) if model.kind == "embed" else model.generate([3, 4, 5], 8).output_ids
+    return model.embed(["the cat sat", "a red dog ran"]) if model.kind == "embed" else model.generate([[3, 4, 5]])[0].output_ids
 
 
 def _ten_updates(directory: Path, model: ServedModel, client: Engine, ps: ParameterServer, method: str) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import torch
+
 from checkpoint_engine.worker import VllmColocateWorkerExtension
+
+# On CPUs with AMX vLLM 0.32 uses its tiles in attention. A process has to ask the system for them first, which only some of its
+# other kernels do: without those the worker dies of SIGILL at the first request.
+if torch.cpu._is_amx_tile_supported():
+    torch.cpu._init_amx()
 
 
 class Extension(VllmColocateWorkerExtension):
@@ -36,8 +43,6 @@ class Extension(VllmColocateWorkerExtension):
     def testing_digest(self, draft: bool) -> dict[str, str]:
         """Of every tensor of the model, or of its draft, its digest; of a projection, whose weight a CPU packs away, one of what
         it makes of a fixed input."""
-        import torch
-
         model = self.model_runner.get_draft_model() if draft else self.model_runner.get_model()
         told = {}
         for name, module in model.named_modules():
@@ -50,6 +55,4 @@ class Extension(VllmColocateWorkerExtension):
 
 
 def _digest(tensor: Any) -> str:
-    import torch
-
     return hashlib.sha256(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

@@ -135,7 +135,7 @@ def vllm_server(model: Path, *arguments: str, load: bool = False, tensor_paralle
     command = [f"{VENV}/bin/vllm", "serve", str(model), "--served-model-name", "m", "--uds", str(folder / "http")]
     command += ["--dtype", "bfloat16", "--max-model-len", "1280", "--max-num-seqs", "4", "--enforce-eager"]
     command += ["--load-format", "auto" if load else "dummy", "--tensor-parallel-size", str(tensor_parallel)]
-    command += ["--worker-extension-cls", "checkpoint_engine.worker.VllmColocateWorkerExtension", *arguments]
+    command += ["--worker-extension-cls", "extension.Extension", *arguments]
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)

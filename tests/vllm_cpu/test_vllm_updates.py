@@ -28,7 +28,6 @@ from checkpoint_engine.engines.vllm import Vllm
 
 pytestmark = pytest.mark.timeout(900)
 NO_WORDS = "--skip-tokenizer-init"
-WITH_TESTS = ("--worker-extension-cls", "extension.Extension")
 MTP = ("--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": 1}))
 
 
@@ -144,7 +143,7 @@ def _quantized_is_refused(socket: str, checkpoint: Path) -> None:
 
 def test_two_workers_fail_update_update(experts: list[Path], tmp_path: Path) -> None:
     """Whatever an update fails of, the model is whole again, both workers answer in turn, and the next update heals it."""
-    with vllm_beside(experts, NO_WORDS, *WITH_TESTS, tensor_parallel=2) as (socket, expected):
+    with vllm_beside(experts, NO_WORDS, tensor_parallel=2) as (socket, expected):
         assert expected[0] != expected[1]
         layout = rpc(socket, "testing_layout")
         for number, (bad, reason) in enumerate(_bad(experts[1], tmp_path)):
@@ -210,7 +209,7 @@ def _digests(socket: str) -> list[dict[str, str]]:
 def test_expert_parallel(experts: list[Path]) -> None:
     """Each rank has the experts that are its own. vLLM 0.32 on a CPU loads them so, but dies of the first request; hence what is
     in its parameters is compared, experts packed for the CPU among them, and not what it answers."""
-    ours = (NO_WORDS, *WITH_TESTS, "--enable-expert-parallel")
+    ours = (NO_WORDS, "--enable-expert-parallel")
     with vllm_beside(experts[1:], *ours, tensor_parallel=2, ask=_digests) as (socket, (expected,)):
         names = [name for name in expected[0] if name.endswith(("w13_weight", "w2_weight"))]
         assert len(names) == 2 * 3
@@ -264,7 +263,7 @@ def test_draft(speculating: Path, tmp_path: Path) -> None:
         tmp_path / "only",
         lambda t: [t.update({f"draft.{n}": w} if n.startswith(draft) else {}) for n, w in [(n, t.pop(n)) for n in list(t)]],
     )
-    with vllm_beside([speculating], NO_WORDS, *WITH_TESTS, *MTP, ask=_state) as (socket, (expected,)):
+    with vllm_beside([speculating], NO_WORDS, *MTP, ask=_state) as (socket, (expected,)):
         states = []
         for number, checkpoint in enumerate((speculating, other, speculating)):
             assert update(socket, checkpoint, f"v{number}") == [None]

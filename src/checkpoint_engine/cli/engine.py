@@ -38,9 +38,9 @@ def engine(
     served_version: Annotated[str | None, typer.Option(help="Version of the weights at the start.")] = None,
     threads: Annotated[int, typer.Option(help="Threads that compute; 0: one per core.", min=0)] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Say where it listens as a line of JSON.")] = False,
-    until_stdin_ends: Annotated[bool, typer.Option(hidden=True, help="End with the process that holds stdin open.")] = False,
+    until_stdin_ends: Annotated[bool, typer.Option(help="End when stdin does, so with the process that holds it open.")] = False,
 ) -> None:
-    """Serve a transformers model on the CPU: embeddings or greedy generation, with weights that can be updated in place.
+    """Serve a transformers model on the CPU: embeddings or generation, with weights that can be updated in place.
 
     Prints "listening on URL" once it accepts requests. Ends on SIGTERM or Ctrl-C.
     """

@@ -7,27 +7,31 @@ import contextlib
 import dataclasses
 import importlib.resources
 from collections.abc import AsyncIterator, Mapping
+from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from checkpoint_engine import __version__
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.http.contract import contract_routes
 from checkpoint_engine.http.control import control_routes
 from checkpoint_engine.http.director import Director
-from checkpoint_engine.http.examples import answers
+from checkpoint_engine.http.examples import answers, mend_validation_errors
 from checkpoint_engine.http.guard import Guard
 from checkpoint_engine.http.metrics import CONTENT_TYPE, Metrics
 from checkpoint_engine.http.node import Node
 from checkpoint_engine.http.problems import problem_of, status_of
-from checkpoint_engine.http.records import Problem
+from checkpoint_engine.http.records import Failed, Problem
 from checkpoint_engine.http.routes import checkpoint_routes, fleet_routes, timeline_routes, update_routes
 
 ABOUT = """REST of a parameter server. Routes tagged `contract` act on the rank that is asked; all others on the fleet, and only
 rank 0 answers them. Errors are `{"error": {"type", "message", "rank", "names", "notes"}}`: 4xx for what the caller did, 5xx for
 what a server, a rank or an engine did."""
+METHODS = ("GET", "POST", "DELETE")
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
@@ -65,6 +69,7 @@ def create_app(
     app.include_router(control_routes(node))
     _add_pages(app, director, metrics)
     _add_errors(app, node)
+    app.openapi = lambda: app.openapi_schema or mend_validation_errors(FastAPI.openapi(app))  # type: ignore[method-assign]
     return app
 
 
@@ -91,8 +96,8 @@ def _add_pages(app: FastAPI, director: Director, metrics: Metrics) -> None:
 
 
 def _add_errors(app: FastAPI, node: Node) -> None:
-    def answer(problem: Problem, status: int) -> JSONResponse:
-        return JSONResponse({"error": dataclasses.asdict(problem)}, status)
+    def answer(problem: Problem, status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        return JSONResponse(dataclasses.asdict(Failed(problem)), status, headers)
 
     async def ours(_: Request, error: Exception) -> JSONResponse:
         return answer(problem_of(error, node.rank), status_of(error))
@@ -103,6 +108,14 @@ def _add_errors(app: FastAPI, node: Node) -> None:
         message = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in found)
         return answer(Problem("RequestValidationError", message, node.rank), 422)
 
+    async def no_such_route(request: Request, error: Exception) -> JSONResponse:
+        """No such route, or not with this method: Starlette would name the methods of one route with this path only."""
+        status = error.status_code if isinstance(error, HTTPException) else 404
+        message = f"{request.method} {request.url.path}: {HTTPStatus(status).phrase.lower()}"
+        methods = [m for m in METHODS if any(r.matches({**request.scope, "method": m})[0] is Match.FULL for r in app.routes)]
+        return answer(Problem("HTTPError", message, node.rank), status, {"Allow": ", ".join(methods)} if methods else None)
+
+    app.add_exception_handler(HTTPException, no_such_route)
     app.add_exception_handler(CheckpointEngineError, ours)
     app.add_exception_handler(Exception, ours)  # its traceback is in the log
     app.add_exception_handler(RequestValidationError, invalid)

@@ -14,7 +14,7 @@ from typing import Self, TypeVar
 import msgspec
 
 from checkpoint_engine.engines.embedded.threads import SerialThread
-from checkpoint_engine.errors import CheckpointEngineError, CheckpointNotFoundError
+from checkpoint_engine.errors import CheckpointEngineError, CheckpointNotFoundError, DeadlineError
 from checkpoint_engine.http.commands import COLLECTIVE, Answer, Command, Done, EngineClients, EngineSpec, Refused, execute
 from checkpoint_engine.http.crew import Introduction
 from checkpoint_engine.http.problems import problem_of, status_of
@@ -90,7 +90,23 @@ class Node:
     # --- work ----------------------------------------------------------------------------------------------------------
 
     async def collective(self, work: Callable[[], T]) -> T:
-        return await self._collective.call(work)
+        """After what came before it. Raises DeadlineError when that takes longer than `join_seconds`."""
+        loop, begun = asyncio.get_running_loop(), asyncio.Event()
+
+        def begin() -> T:
+            loop.call_soon_threadsafe(begun.set)
+            return work()
+
+        task = asyncio.ensure_future(self._collective.call(begin))
+        turn = asyncio.ensure_future(begun.wait())
+        try:
+            await asyncio.wait((task, turn), timeout=self.join_seconds, return_when=asyncio.FIRST_COMPLETED)
+            if not begun.is_set() and task.cancel():
+                raise DeadlineError(f"the update that runs on rank {self.rank} to end", self.join_seconds)
+            return await task
+        finally:
+            turn.cancel()
+            task.cancel()
 
     async def other(self, work: Callable[[], T]) -> T:
         """What blocks and concerns this rank alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from checkpoint_engine.errors import (
+    AgreementError,
     CheckpointBusyError,
     CheckpointEngineError,
     CheckpointError,
@@ -15,6 +16,7 @@ from checkpoint_engine.errors import (
     ManifestError,
     PeerLostError,
     SettingsError,
+    UpdateError,
     UpdateInProgressError,
 )
 from checkpoint_engine.http.records import Problem
@@ -47,6 +49,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (CheckpointExistsError, 409),
     (CheckpointBusyError, 409),
     (UpdateInProgressError, 409),
+    (AgreementError, 409),
     (NotLeaderError, 421),
     (NotMetError, 503),
     (SettingsError, 400),
@@ -58,12 +61,16 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (PeerLostError, 503),
     (DeadlineError, 504),
 )
+# Of an update: what its request to an engine raised; that a worker did not come.
+_STAGE_STATUS = {"request": 502, "attach": 504}
 
 
 def status_of(error: BaseException) -> int:
     """The HTTP status that stands for `error`."""
     if isinstance(error, RankError):
         return error.status
+    if isinstance(error, UpdateError):
+        return _STAGE_STATUS.get(error.stage, 500)
     return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
 
 

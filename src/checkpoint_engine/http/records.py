@@ -26,6 +26,13 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Failed:
+    """The body of every answer that is an error."""
+
+    error: Problem
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class UpdateRecord:
     """One update, as rank 0 knows it.
 

@@ -61,7 +61,9 @@ def checkpoint_routes(director: Director) -> APIRouter:
         director.must_lead()
         return director.checkpoints()
 
-    @routes.post("/v1/checkpoints", status_code=201, responses=x.answers(x.CHECKPOINT, errors=(400, 409, *LEADS), status=201))
+    @routes.post(
+        "/v1/checkpoints", status_code=201, responses=x.answers(x.CHECKPOINT, errors=(400, 409, 503, *LEADS), status=201)
+    )
     async def register(body: CheckpointBody) -> CheckpointView:
         """Bring a checkpoint into the host memory of all ranks, each its share, and gather; of none, when one fails."""
         return await director.register(body.name, body.directory, body.files)
@@ -77,7 +79,7 @@ def checkpoint_routes(director: Director) -> APIRouter:
         director.must_lead()
         return _json(await asyncio.to_thread(director.detail, name, contains, offset, limit))
 
-    @routes.delete("/v1/checkpoints/{name}", tags=["contract"], responses=x.answers(x.OK, errors=(404, 409)))
+    @routes.delete("/v1/checkpoints/{name}", tags=["contract"], responses=x.answers(x.OK, errors=(404, 409, 503, *LEADS)))
     async def unregister(name: str, fleet: bool = False, force: bool = False) -> dict[str, str]:
         """The contract's: give this rank's memory back. fleet: that of all ranks; force: also memory kept for the next one."""
         if fleet:

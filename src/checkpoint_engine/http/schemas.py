@@ -16,7 +16,7 @@ Name = Annotated[str, Field(min_length=1, max_length=512)]
 
 
 def _example(**values: Any) -> ConfigDict:
-    return ConfigDict(extra="forbid", json_schema_extra={"examples": [values]})
+    return ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [values]})
 
 
 class FilesBody(BaseModel):
@@ -45,7 +45,17 @@ class ContractUpdateBody(BaseModel):
 class CheckpointBody(BaseModel):
     """A checkpoint on disk that all ranks see: a directory, or files. Each rank takes its share of every layer."""
 
-    model_config = _example(name="step-12", directory="/models/step-12")
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "examples": [{"name": "step-12", "directory": "/models/step-12"}],
+            "oneOf": [
+                {"required": ["directory"], "properties": {"directory": {"type": "string"}, "files": {"maxItems": 0}}},
+                {"required": ["files"], "properties": {"directory": {"type": "null"}, "files": {"minItems": 1}}},
+            ],
+        },
+    )
     name: Name
     directory: str | None = None
     files: list[str] = []

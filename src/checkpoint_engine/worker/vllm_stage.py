@@ -81,11 +81,23 @@ class StagedLayer:
     def prepare(self) -> None:
         """Put the checkpoint's layout, without memory yet, in place of the live tensors."""
         self._vllm.to_meta(self.layer, self._info)
+        self._renew()
         for name, tensor in own_tensors(self.layer).items():
             if name not in self._vllm.unloadable:
                 self._wrapped[name] = tensor
                 self._before[name] = getattr(tensor, "weight_loader", None)
                 _set(tensor, "weight_loader", self._wrap(name, self._vllm.original_loader(tensor)))
+
+    def _renew(self) -> None:
+        """vLLM leaves a bias where it is. But post-processing may have changed its dtype (to float32 on CPUs with AMX), and
+        what is not rounded to the model's first is not what a fresh load makes of it; nor is a live one to be half loaded."""
+        dtype = getattr(self.layer, "params_dtype", None)
+        for name, live in self._parameters.items():
+            if getattr(self.layer, name, None) is live and name not in self._vllm.unloadable:
+                fresh = torch.nn.Parameter(torch.empty_like(live, dtype=dtype), requires_grad=False)
+                fresh.__class__ = live.__class__
+                vars(fresh).update(vars(live))
+                self.layer.register_parameter(name, fresh)
 
     def _wrap(self, name: str, original: Loader) -> Loader:
         signature = inspect.signature(original)

@@ -34,7 +34,7 @@ class Reference:
         if model.kind == "embed":
             self.answers: list[Any] = model.embed(self.inputs)
         else:
-            self.answers = [model.generate(prompt, 16).output_ids for prompt in self.inputs]
+            self.answers = [model.generate([prompt])[0].output_ids for prompt in self.inputs]
         self.decode = None if model.tokenizer is None else model.tokenizer.decode
 
     def check(self, client: httpx.Client, url: str, version: str) -> dict[str, Any]:

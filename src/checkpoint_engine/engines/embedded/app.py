@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 
+from checkpoint_engine.engines.embedded.model import Sampling
 from checkpoint_engine.engines.embedded.schemas import (
     EmbedRequest,
     EmbedResponse,
@@ -111,11 +113,15 @@ def _add_inference_routes(app: FastAPI, engine: EmbeddedEngine) -> None:
         return EmbedResponse(embeddings=vectors, version=version)
 
     @app.post("/generate")
-    async def generate(request: GenerateRequest) -> GenerateResponse:
+    async def generate(request: GenerateRequest) -> GenerateResponse | list[GenerateResponse]:
         if engine.model.kind != "generate":
             raise HTTPException(400, "this model makes embeddings: use /embed")
         if (request.text is None) == (request.input_ids is None):
             raise HTTPException(422, "give either text or input_ids")
-        prompt = request.text if request.text is not None else request.input_ids or []
-        made, version = await engine.generate(prompt, request.sampling_params.max_new_tokens)
-        return GenerateResponse(text=made.text, output_ids=made.output_ids, version=version)
+        given: Any = request.text if request.text is not None else request.input_ids
+        several = isinstance(given, list) and isinstance(given[0], str | list)
+        asked = request.sampling_params
+        sampling = Sampling(asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k, asked.sampling_seed)
+        made, version = await engine.generate(given if several else [given], sampling)
+        answers = [GenerateResponse(text=m.text, output_ids=m.output_ids, version=version) for m in made]
+        return answers if several else answers[0]

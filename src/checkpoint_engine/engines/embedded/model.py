@@ -1,8 +1,9 @@
-"""The model that the embedded engine serves: sentence embeddings, or greedy generation."""
+"""The model that the embedded engine serves: sentence embeddings, or generation, greedy or sampled."""
 
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,20 @@ class Generated:
 
     output_ids: list[int]
     text: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. temperature 0: greedy; else from the `top_k` likeliest (-1: all) that make up `top_p`.
+
+    seed: of all prompts of one call together, as torch's generator takes it; None: another one each time.
+    """
+
+    max_new_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = -1
+    seed: int | None = None
 
 
 class ServedModel:
@@ -81,22 +96,34 @@ class ServedModel:
             vectors: list[list[float]] = torch.nn.functional.normalize(mean, dim=1).tolist()
         return vectors
 
-    def generate(self, prompt: str | list[int], max_new_tokens: int) -> Generated:
-        """Greedy continuation of at most `max_new_tokens` tokens; ends early at the model's end-of-sequence token."""
-        ids, mask = self._batch([prompt])
-        own = self.module.generation_config
-        eos = own.eos_token_id
-        pad = own.pad_token_id if own.pad_token_id is not None else (eos[0] if isinstance(eos, list) else eos)
-        how = GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=pad or 0
-        )
-        with torch.inference_mode():
-            out = self.module.generate(input_ids=ids, attention_mask=mask, generation_config=how)
-        output_ids: list[int] = out[0, ids.shape[1] :].tolist()
-        text = self.tokenizer.decode(output_ids, skip_special_tokens=True) if self.tokenizer is not None else None
-        return Generated(output_ids, text)
+    def generate(self, prompts: Sequence[str | list[int]], sampling: Sampling = Sampling()) -> list[Generated]:
+        """A continuation of each prompt, computed together; one ends early at the model's end-of-sequence token.
 
-    def _batch(self, inputs: Sequence[str | list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        Raises SettingsError for text without a tokenizer.
+        """
+        ids, mask = self._batch(prompts, pad_left=True)
+        eos = self.module.generation_config.eos_token_id
+        ends = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        own = self.module.generation_config.pad_token_id
+        pad = own if own is not None else min(ends, default=0)
+        chosen: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+        if sampling.temperature > 0:
+            chosen |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": max(0, sampling.top_k)}
+        how = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=sampling.max_new_tokens, eos_token_id=eos, pad_token_id=pad, **chosen
+        )
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
+            out = self.module.generate(input_ids=ids, attention_mask=mask, generation_config=how)
+        return [self._made(row, ends) for row in out[:, ids.shape[1] :].tolist()]
+
+    def _made(self, row: list[int], ends: set[int]) -> Generated:
+        """Without what pads a prompt that ended before the others."""
+        length = next((i for i, token in enumerate(row, 1) if token in ends), len(row))
+        text = self.tokenizer.decode(row[:length], skip_special_tokens=True) if self.tokenizer is not None else None
+        return Generated(row[:length], text)
+
+    def _batch(self, inputs: Sequence[str | list[int]], pad_left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(inputs[0], str):
             if self.tokenizer is None:
                 raise SettingsError("this model has no tokenizer: send lists of token ids")
@@ -107,9 +134,10 @@ class ServedModel:
         for row in rows:
             if not row or not all(0 <= token < vocabulary for token in row):
                 raise SettingsError(f"each input needs at least one token, each token id must be in [0, {vocabulary})")
-        length = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        ids, mask = torch.zeros(2, len(rows), max(map(len, rows)), dtype=torch.long)
+        for row, own_ids, own_mask in zip(rows, ids, mask, strict=True):
+            place = slice(-len(row), None) if pad_left else slice(len(row))
+            own_ids[place], own_mask[place] = torch.tensor(row), 1
         return ids, mask
 
 

@@ -23,21 +23,27 @@ class EmbedResponse(BaseModel):
 
 
 class SamplingParams(BaseModel):
-    """Generation is greedy; other sampling parameters are accepted and have no effect."""
+    """Of SGLang's these; others are accepted and have no effect. Greedy unless a temperature is given, unlike SGLang."""
 
     model_config = ConfigDict(extra="ignore")
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 16
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = -1
+    sampling_seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
 
 
 class GenerateRequest(BaseModel):
-    """Either text or input_ids."""
+    """Either text or input_ids, of one prompt or of several. sampling_seed: of all of them together."""
 
-    text: str | None = None
-    input_ids: Tokens | None = None
+    text: str | Annotated[list[str], Field(min_length=1, max_length=4096)] | None = None
+    input_ids: Tokens | Annotated[list[Tokens], Field(min_length=1, max_length=4096)] | None = None
     sampling_params: SamplingParams = SamplingParams()
 
 
 class GenerateResponse(BaseModel):
+    """Of one prompt; several are answered with a list."""
+
     text: str | None
     output_ids: list[int]
     version: str | None

@@ -13,7 +13,7 @@ import torch
 
 from checkpoint_engine.engines.embedded.gate import Gate, ThreadHold
 from checkpoint_engine.engines.embedded.loader import LoadPass
-from checkpoint_engine.engines.embedded.model import Generated, ServedModel
+from checkpoint_engine.engines.embedded.model import Generated, Sampling, ServedModel
 from checkpoint_engine.engines.embedded.schemas import UpdateRequest
 from checkpoint_engine.engines.embedded.threads import SerialThread
 from checkpoint_engine.errors import (
@@ -108,10 +108,10 @@ class EmbeddedEngine:
         async with self._clean_weights() as version:
             return await self._work(lambda: self.model.embed(inputs)), version
 
-    async def generate(self, prompt: str | list[int], max_new_tokens: int) -> tuple[Generated, str | None]:
+    async def generate(self, prompts: Sequence[str | list[int]], sampling: Sampling) -> tuple[list[Generated], str | None]:
         """As `embed`."""
         async with self._clean_weights() as version:
-            return await self._work(lambda: self.model.generate(prompt, max_new_tokens)), version
+            return await self._work(lambda: self.model.generate(prompts, sampling)), version
 
     async def digests(self) -> dict[str, str]:
         """Of every parameter, dirty or not. Raises DeadlineError."""

@@ -1,0 +1,56 @@
+"""Commands as their users run them: a process group, what it prints, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+SRC = Path(__file__).parents[2] / "src"
+
+
+@contextlib.contextmanager
+def started(command: list[str], **variables: str) -> Iterator[list[str]]:
+    """Yields the command's output so far, line by line, and ends it by SIGTERM."""
+    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", **variables}
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        reader = threading.Thread(target=lambda pipe: lines.extend(pipe), args=(process.stdout,))
+        reader.start()
+        try:
+            yield lines
+        finally:
+            process.terminate()  # torchrun passes it on
+            try:
+                process.wait(40)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                reader.join(20)
+
+
+def until_said(lines: list[str], pattern: str, seconds: float = 60.0) -> re.Match[str]:
+    """The first match of a regular expression in what a process prints."""
+    waited, pause = 0.0, threading.Event()
+    while waited < seconds:
+        if found := re.search(pattern, "".join(lines)):
+            return found
+        pause.wait(0.1)
+        waited += 0.1
+    raise AssertionError(f"not said in {seconds:g} s: {pattern}\n" + "".join(lines))
+
+
+def url_of(lines: list[str]) -> str:
+    """Where what prints these listens."""
+    return until_said(lines, r"listening on (\S+)")[1].replace("0.0.0.0", "127.0.0.1")
