@@ -44,6 +44,7 @@ Verify = Annotated[
     Literal["on", "off"] | None,
     typer.Option(help="Check in the engines that tensors are what was registered; by default on CPUs."),
 ]
+FleetUrl = Annotated[str | None, typer.Option(help="URL of a serving fleet, which is to do it with a registered checkpoint.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
 
@@ -64,9 +65,7 @@ def update(
     wait: Wait = 600.0,
     timeout: Timeout = 600.0,
     trace: TraceFile = None,
-    url: Annotated[
-        str | None, typer.Option(help="URL of a serving fleet, which is to do it with a registered checkpoint.")
-    ] = None,
+    url: FleetUrl = None,
     verify: Verify = None,
     json_output: AsJson = False,
 ) -> None:
@@ -86,8 +85,8 @@ def update(
         from checkpoint_engine.cli.remote_update import remote_update
 
         engines = [{"kind": engine, "url": place, "uds": path, "token": token} for place, path in places]
-        body = {"checkpoint": checkpoint, "engines": engines, "version": weight_version, "timeout": timeout, **asked}
-        remote_update(url, body, trace, json_output=json_output)
+        body = {"checkpoint": checkpoint, "engines": engines, "version": weight_version, "timeout": timeout, "verify": verify}
+        remote_update(url, {**body, **asked}, trace, json_output=json_output)
         return
     if not places or inference_parallel_size is None:
         raise typer.BadParameter("--endpoint and --inference-parallel-size are needed, or --url of a serving fleet")

@@ -72,25 +72,23 @@ class Updater:
         progress: Callable[[int], None] | None,
     ) -> UpdateReport:
         """See ParameterServer.update."""
-        start = time.perf_counter()
+        start, links = time.perf_counter(), self._fleet.links
         self._device.bind_thread()  # the caller's thread may be a new one
-        links = self._fleet.links
         number = links.next_round  # of the exchange below, so it is the same on all ranks
         with contextlib.ExitStack() as stack:
             inbox = stack.enter_context(links.inbox(number))
             listener = stack.enter_context(self._listen(inbox, settings))
             prepared = self._try_to_prepare(stack, name, settings)
-            offers = exchange_offers(
-                links, self._offer(prepared, name, version, listener.handle, settings), settings.join_timeout
-            )
+            mine = self._offer(prepared, name, version, listener.handle, settings)
+            offers = exchange_offers(links, mine, settings.join_timeout)
             if isinstance(prepared, Exception):
                 raise prepared
             recorder = Recorder(time.perf_counter(), span_limit(len(offers)), enabled=settings.timelines)
-            plan = prepared.plan
-            method, opened = self._puller.open(stack, links, offers, plan, prepared.manifest, settings.join_timeout)
+            plan, manifest = prepared.plan, prepared.manifest
+            method, opened = self._puller.open(stack, links, offers, plan, manifest, settings.join_timeout)
             make_pass = partial(MappedPass if method.pull else AheadPass, opened) if opened else self._make_pass
             if verified(offers, self._device.kind):
-                make_pass = partial(make_pass, expected=Expected(plan, prepared.manifest, prepared.sources))
+                make_pass = partial(make_pass, expected=Expected(plan, manifest, prepared.sources))
             lane = stack.enter_context(self._empty_lane()) if method.pull else self._join(stack, number, offers, plan, settings)
             recorder.lap("join")
             run = UpdateRun(
@@ -111,8 +109,8 @@ class Updater:
         self._keeper.proven = lane.method == "copies"
         self._give_back(name, settings)
         self._puller.settle(offers, plan, outcome.reads, mapped=opened is not None)
-        name_of_method = method_name(lane.method, outcome.ways, mapped=method.pull)
-        report = make_report(offers[0].version, name_of_method, plan.nbytes, time.perf_counter() - start, outcome)
+        by = method_name(lane.method, outcome.ways, mapped=method.pull)
+        report = make_report(offers[0].version, by, plan.nbytes, time.perf_counter() - start, outcome)
         log.info("rank %d: %s", self._fleet.rank, report)
         return report
 

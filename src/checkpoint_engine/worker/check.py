@@ -71,7 +71,7 @@ class DeviceCheck(Check):
     """Of a device's memory: queued before the load, on the stream that the loader uses; the answer comes after the last one."""
 
     def __init__(
-        self, verifier: Verifier, tables: Sequence[Table], device: Device, seconds: float, at_work: AtWork | None
+        self, verifier: Verifier, tables: Sequence[Table], device: Device, seconds: float, at_work: AtWork | None = None
     ) -> None:
         self._verifier, self._tables, self._device, self._patience = verifier, tables, device, seconds
         self._at_work = at_work
