@@ -255,17 +255,17 @@ def test_a_proof_gets_no_other_bytes_than_the_recording() -> None:
 
 def _two_passes(rank: int, world_size: int, crew: list[Worker]) -> Any:
     """As with a draft model: the bytes change between the passes, so the second one fails."""
-    attachment, passes = Pass._attachment, 0
+    run, passes = Pass.run, 0
 
     def spoiling(running: Pass) -> Any:
         nonlocal passes
         passes += 1
         if passes == 2 and rank == 0:
             flip_registered(ps, largest(ps, 0))
-        return attachment(running)
+        return run(running)
 
     with server(bucket_bytes=64 * KIB) as ps, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pass, "_attachment", spoiling)
+        patch.setattr(Pass, "run", spoiling)  # before anything is lifted
         ps.register_checkpoint("c", named_tensors=share_of(tensors(1), rank, world_size))
         ps.gather_metas("c")
         with pytest.raises(UpdateError) as caught:
