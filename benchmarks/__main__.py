@@ -52,6 +52,8 @@ def updating(result: broadcast.Result) -> list[Goal]:
         goals.append(Goal(f"{method} / raw gloo broadcast, the better of both", result.ratio(further), 0.7, "x"))
         one_each = result.ratio(further, "raw, tensors")
         goals.append(Goal(f"{method} / raw gloo broadcast, one call per tensor", one_each, 0.7, "x"))
+        unchecked = result.ratio(f"{method}, unchecked")
+        goals.append(Goal(f"{method}, digests not checked / raw gloo broadcast, the better", unchecked, 0.7, "x"))
     for method in broadcast.METHODS:
         milliseconds = 1000 * result.median(f"{method}, tiny")
         goals.append(Goal(f"{method}: set-up, a further update of 4 KiB", milliseconds, 50, " ms", at_least=False))
@@ -71,12 +73,14 @@ def show_updates(result: broadcast.Result) -> None:
         f"{result.nbytes / 1e9:.3f} GB in {result.tensors} tensors, {broadcast.RANKS} ranks, median of {len(result.raw)} rounds"
     )
     print(f"{'':24}{'seconds':>9}{'GB/s':>8}{'CPU s':>8}")
-    ours = [f"{method}, {variant}" for method in broadcast.METHODS for variant in ("first", "further")]
+    ours = [f"{method}, {variant}" for method in broadcast.METHODS for variant in ("first", "further", "unchecked")]
     for variant in (*broadcast.RAW, *ours):
         seconds, cpu = result.median(variant), statistics.median(result.cpu[variant])
         print(f"{variant:24}{seconds:9.3f}{result.nbytes / seconds / 1e9:8.2f}{cpu:8.2f}")
     for variant in (f"{method}, tiny" for method in broadcast.METHODS):
         print(f"{variant:24}{result.median(variant):9.4f}{'':8}{statistics.median(result.cpu[variant]):8.3f}")
+    for method in broadcast.METHODS:
+        print(f"{method}: a further update takes {result.cost(method):.2f} times as long as without checking digests")
     print(f"{'memcpy, one thread':24}{result.nbytes / result.memcpy:9.3f}{result.memcpy / 1e9:8.2f}")
     for method, stages in result.stages.items():
         busy = ", ".join(f"{stage} {statistics.median(values):.3f} s" for stage, values in stages.items())

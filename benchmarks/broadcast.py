@@ -10,6 +10,7 @@ and then by each method (METHODS), with a ParameterServer of its own:
 
 first           gather_metas and update of a ParameterServer that has never updated: links, ring, communicator, plan
 further         gather_metas and update of the same one again
+unchecked       the same with verify="off": workers make no digests of what they load
 tiny            the same for a checkpoint of a few KiB, the second time: what an update costs besides its bytes
 
 A time is from the first process's start to the last one's end. Processes compute with one thread each, as under torchrun.
@@ -47,7 +48,7 @@ RANKS = 2
 PIECE = 16 * MIB
 SECONDS = 300.0
 """Deadline of each step, beyond which something hangs."""
-METHODS = {"mapped": {"map_regions": True}, "broadcast": {"map_regions": False}}
+METHODS = {"mapped": {"map_regions": True}, "broadcast": {"map_regions": False, "peer_copies": False}}
 """What UpdateReport.method says -> the settings that lead to it. The first is the default on one host's CPU."""
 RAW = ("raw, tensors", "raw, pieces")
 Series = dict[str, list[float]]
@@ -94,6 +95,11 @@ class Result:
         """
         base = self.raw if raw is None else self.seconds[raw]
         return statistics.median(r / s for r, s in zip(base, self.seconds[variant], strict=True))
+
+    def cost(self, method: str) -> float:
+        """Of checking digests: seconds of a further update / seconds of one that checks none, median over the rounds."""
+        pairs = zip(self.seconds[f"{method}, further"], self.seconds[f"{method}, unchecked"], strict=True)
+        return statistics.median(checked / unchecked for checked, unchecked in pairs)
 
 
 def _worker(pipe: Connection, task: Task, directory: str) -> None:
@@ -170,10 +176,10 @@ class Server:
             raise RuntimeError(f"the worker of rank {self.rank}: {answer}")
         return answer
 
-    def update(self, ps: ParameterServer, name: str, method: str, variant: str) -> None:
+    def update(self, ps: ParameterServer, name: str, method: str, variant: str, verify: str = "on") -> None:
         def work() -> None:
             ps.gather_metas(name)
-            reports.append(ps.update(name, self.request))
+            reports.append(ps.update(name, self.request, verify=verify))
 
         reports: list[UpdateReport] = []
         self.timed(f"{method}, {variant}", work)
@@ -194,6 +200,7 @@ class Server:
             ps.register_checkpoint("tiny", named_tensors={"tiny.weight": torch.full((1024,), value("tiny.weight"))})
             self.update(ps, "big", method, "first")
             self.update(ps, "big", method, "further")
+            self.update(ps, "big", method, "unchecked", "off")
             self.update(ps, "tiny", method, "tiny, first")
             self.update(ps, "tiny", method, "tiny")
             self.ask(None)

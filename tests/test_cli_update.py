@@ -77,13 +77,16 @@ def test_paused_update_and_its_report(engines: list[str], model: Path, tmp_path:
     assert (leader[0], other[:2]) == (0, (0, ""))
     report = json.loads(leader[1])
     assert report["version"] == "v1"
+    assert report["stages"]["verify"]["nbytes"] >= report["nbytes"]
     assert report["pause_ms"] > 0
     assert [replica["endpoint"] for replica in report["replicas"]] == engines
     assert max(replica["pause_ms"] for replica in report["replicas"]) == report["pause_ms"]
     assert states(engines) == [("v1", False, False)] * RANKS
     trace = tmp_path / "t.json"
-    leader, _ = update(model, engines, "--pause", "abort", "--weight-version", "v2", "--trace", str(trace))
+    options = ("--verify", "off", "--trace", str(trace))
+    leader, _ = update(model, engines, "--pause", "abort", "--weight-version", "v2", *options)
     assert "engines were paused for " in leader[1]
+    assert "verify" not in leader[1]
     read = from_chrome(trace.read_bytes())
     assert (read.version, [timeline.rank for timeline in read.ranks]) == ("v2", [0, 1])
     assert states(engines) == [("v2", False, False)] * RANKS
@@ -138,7 +141,7 @@ def test_mode_that_an_engine_does_not_have(engines: list[str], model: Path) -> N
 
 def test_options_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     base = ["update", "--checkpoint", "/none", "--inference-parallel-size", "1", "--endpoint", "http://a"]
-    for wrong in (["--pause", "stop"], ["--on-replica-failure", "retry"]):
+    for wrong in (["--pause", "stop"], ["--on-replica-failure", "retry"], ["--verify", "maybe"]):
         assert cli.run([*base, *wrong]) == 2
     capsys.readouterr()
     assert sockets(["http://a", "http://b"], None) == [("http://a", None), ("http://b", None)]

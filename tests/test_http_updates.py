@@ -97,7 +97,7 @@ def test_registering_is_for_all_ranks_or_none(fleet: Served, rest: httpx.Client,
 
 
 def test_an_update_followed_to_its_end(rest: httpx.Client, engines: list[str]) -> None:
-    begun = start(rest, engines, pause="keep", version="v1")
+    begun = start(rest, engines, pause="keep", version="v1", verify="off")
     with rest.stream("GET", f"/v1/updates/{begun['id']}/events") as stream:
         seen = [record for kind, record in events(stream) if kind == "update"]
     record = seen[-1]
@@ -107,6 +107,7 @@ def test_an_update_followed_to_its_end(rest: httpx.Client, engines: list[str]) -
     assert record["version"] == record["report"]["version"] == "v1"
     assert record["report"]["pause_ms"] > 0
     assert [set(stages) >= {"lift", "share", "load"} for stages in record["report"]["ranks"]] == [True] * RANKS
+    assert "verify" not in record["report"]["stages"]
     weights = rest.get("/v1/weights").json()
     assert weights["engines"] == [{"endpoint": u, "version": "v1", "dirty": False, "error": None} for u in engines]
     assert weights["workers"] == [{"rank": r, "version": "v1", "dirty": False} for r in range(RANKS)]

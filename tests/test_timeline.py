@@ -159,13 +159,17 @@ def test_a_worker_whose_device_is_behind() -> None:
     for bucket, since in enumerate(queued):
         work.copied(bucket, since)
     work.did("plan", time.perf_counter())  # there was none to speak of
-    seconds, spans = work.take()
+    seconds, spans, verified = work.take()
     by_stage = {stage: [s for s in spans if s.stage == stage] for stage in ("load", "copy", "plan")}
     assert [s.bucket for s in by_stage["load"]] == [s.bucket for s in by_stage["copy"]] == [0, 1]
     first, second = by_stage["copy"]
     assert first.start == pytest.approx(queued[0], abs=1e-9) and second.start == pytest.approx(first.end, abs=1e-9)
-    assert by_stage["plan"] == [] and seconds >= sum(s.seconds for s in by_stage["load"])
-    assert work.take() == (0.0, ())
+    assert by_stage["plan"] == [] and seconds["worker"] >= sum(s.seconds for s in by_stage["load"])
+    assert verified == 0
+    work.checks(3, 1.0, 2.0, 100)
+    work.checked, work.checking = 100, 1.0
+    assert work.take() == ({"worker": 0.0, "verify": 1.0}, (Span("verify", 3, 1.0, 1.0, 100),), 100)
+    assert work.take() == ({"worker": 0.0}, (), 0)
 
 
 # --- Chrome's format ----------------------------------------------------------------------------------------------------

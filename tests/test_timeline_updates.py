@@ -68,13 +68,14 @@ def check(report: UpdateReport) -> None:
         assert max(span.end for span in timeline.spans) <= report.seconds
         assert buckets(timeline, "load") == list(range(len(buckets(timeline, "load"))))
         assert moved(timeline, "load") == report.nbytes
+        assert moved(timeline, "verify") == report.ranks[rank]["verify"].nbytes > 0
         ends = {span.stage: span.end for span in timeline.spans}
         starts = {span.stage: span.start for span in reversed(timeline.spans)}
         assert starts["wait"] == pytest.approx(ends["join"]) and starts["load"] >= ends["wait"]
         assert ends["load"] <= starts["post_hook"] <= ends["post_hook"] <= starts["commit"]
         loaded = {span.bucket: span.start for span in timeline.spans if span.stage == "load"}
         for span in timeline.spans:
-            if span.stage in ("lift", "fetch"):  # a bucket is loaded when it is there
+            if span.stage in ("lift", "fetch", "verify"):  # a bucket is loaded when it is there, and is right
                 assert span.end <= loaded[span.bucket]
     trace = report.trace
     read = from_chrome(data := to_chrome(trace))

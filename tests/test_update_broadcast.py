@@ -45,7 +45,7 @@ def test_every_worker_has_every_tensor(world_size: int) -> None:
 
 def _check_report(report: UpdateReport, world_size: int, seed: int) -> None:
     assert report.nbytes == sum(t.nbytes for t in tensors(seed).values())
-    assert set(report.stages) == {"lift", "load", "load_weights", "post_hook", "worker"} | (
+    assert set(report.stages) == {"lift", "load", "load_weights", "post_hook", "worker", "verify"} | (
         {"share"} if world_size > 1 else set()
     )
     assert len(report.ranks) == world_size

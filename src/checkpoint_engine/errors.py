@@ -120,12 +120,13 @@ class ManifestError(CheckpointEngineError):
 class IntegrityError(CheckpointEngineError):
     """Bytes that arrived are not those that were registered: the digests of `tensors` differ.
 
-    ranks: whose memory the first of them came from; empty where that is not known.
+    ranks: whose memory the first of them came from, and hosts: theirs; empty where that is not known.
     """
 
-    def __init__(self, tensors: Sequence[str], ranks: Sequence[int] = ()) -> None:
+    def __init__(self, tensors: Sequence[str], ranks: Sequence[int] = (), hosts: Sequence[str] = ()) -> None:
         self.tensors, self.ranks = tuple(tensors), tuple(ranks)
-        source = f", from rank {' and '.join(map(str, ranks))}," if ranks else ""
+        named = [f"{rank} ({host})" for rank, host in zip(ranks, hosts, strict=True)] if hosts else map(str, ranks)
+        source = f", from rank {' and '.join(named)}," if ranks else ""
         more = f" (nor are {len(tensors) - 1} more)" if len(tensors) > 1 else ""
         super().__init__(f"the bytes of tensor {tensors[0]!r}{source} are not those that were registered{more}")
 

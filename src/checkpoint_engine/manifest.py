@@ -99,14 +99,16 @@ class Manifest(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def content_digest(self) -> str:
-        """Of names, dtypes, shapes and the tensors' digests, 32 hex digits: the same bytes give the same digest however
-        they are spread over ranks."""
+        """Of names, dtypes, shapes and the tensors' digests, 32 hex digits: two checkpoints have the same one if all of these
+        are equal, however they are spread over ranks, whatever they are called and whether they came from files. A tensor
+        without a digest (ParameterServer makes all) counts without its bytes."""
         rows = {(t.name, t.dtype, t.shape, t.digest) for r in self.ranks for region in r.regions for t in region.tensors}
+        rows -= {(name, dtype, shape, 0) for name, dtype, shape, digest in rows if digest}  # another holder made it
         return hex_digest(msgspec.msgpack.encode(sorted(rows)))
 
     @property
     def version(self) -> str:
-        """The default version: the checkpoint's name and 12 digits of what it contains."""
+        """The default version: the checkpoint's name and 12 digits of `content_digest`."""
         return f"{self.checkpoint}@{self.content_digest[:12]}"
 
     def to_json(self) -> bytes:

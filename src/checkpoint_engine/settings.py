@@ -35,6 +35,8 @@ class Settings:
                      cannot be); "auto": on one host whichever is predicted to be faster
     recorded_loads   in the engine's process: "on": where the engine names its model, learn what its loader copies, prove it,
                      and copy without the loader from then on; "off": never; "auto": on a CPU, until it has run on GPUs
+    verify           whether workers check every tensor against the digest that its owner made when it registered it, before the
+                     engine loads it: "on", "off"; "auto": on a CPU, until it has run on GPUs. "on" on any rank is for all
     peer_reads       let peers that have this world's metas read the checkpoints that it gathered, over TCP and with a token
     peer_hosts       addresses of this host by which peers read, one for each network interface, separated by commas; empty: the
                      one by which the other ranks reach it
@@ -64,6 +66,7 @@ class Settings:
     map_regions: bool = True
     method: str = "auto"
     recorded_loads: str = "auto"
+    verify: str = "auto"
     peer_reads: bool = True
     peer_hosts: str = ""
     peer_transport: str = "auto"
@@ -119,6 +122,7 @@ class Settings:
 _CHOICES = {
     "method": ("auto", "broadcast", "pull"),
     "recorded_loads": ("auto", "on", "off"),
+    "verify": ("auto", "on", "off"),
     "peer_transport": ("auto", "tcp", "shm", "mooncake", "nixl"),
 }
 
@@ -145,6 +149,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "CHECKPOINT_ENGINE_MAP_REGIONS": ("map_regions", _flag),
     "CHECKPOINT_ENGINE_METHOD": ("method", str),
     "CHECKPOINT_ENGINE_RECORDED_LOADS": ("recorded_loads", str),
+    "CHECKPOINT_ENGINE_VERIFY": ("verify", str),
     "CHECKPOINT_ENGINE_PEER_READS": ("peer_reads", _flag),
     "CHECKPOINT_ENGINE_PEER_HOSTS": ("peer_hosts", str),
     "CHECKPOINT_ENGINE_PEER_TRANSPORT": ("peer_transport", str),

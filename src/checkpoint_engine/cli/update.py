@@ -40,6 +40,11 @@ Timeout = Annotated[float, typer.Option(help="Seconds for the update, and for ea
 TraceFile = Annotated[
     Path | None, typer.Option("--trace", help="Write the update's timeline here: for ui.perfetto.dev, `trace summary`.")
 ]
+Verify = Annotated[
+    Literal["on", "off"] | None,
+    typer.Option(help="Check in the engines that tensors are what was registered; by default on CPUs."),
+]
+FleetUrl = Annotated[str | None, typer.Option(help="URL of a serving fleet, which is to do it with a registered checkpoint.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
 
@@ -60,9 +65,8 @@ def update(
     wait: Wait = 600.0,
     timeout: Timeout = 600.0,
     trace: TraceFile = None,
-    url: Annotated[
-        str | None, typer.Option(help="URL of a serving fleet, which is to do it with a registered checkpoint.")
-    ] = None,
+    url: FleetUrl = None,
+    verify: Verify = None,
     json_output: AsJson = False,
 ) -> None:
     """Update running engines from a checkpoint on disk, or from a serving fleet's memory.
@@ -81,8 +85,8 @@ def update(
         from checkpoint_engine.cli.remote_update import remote_update
 
         engines = [{"kind": engine, "url": place, "uds": path, "token": token} for place, path in places]
-        body = {"checkpoint": checkpoint, "engines": engines, "version": weight_version, "timeout": timeout, **asked}
-        remote_update(url, body, trace, json_output=json_output)
+        body = {"checkpoint": checkpoint, "engines": engines, "version": weight_version, "timeout": timeout, "verify": verify}
+        remote_update(url, {**body, **asked}, trace, json_output=json_output)
         return
     if not places or inference_parallel_size is None:
         raise typer.BadParameter("--endpoint and --inference-parallel-size are needed, or --url of a serving fleet")
@@ -90,7 +94,7 @@ def update(
     check_ranks(len(places), inference_parallel_size, world_size)
     console = Console(file=sys.stderr if json_output else sys.stdout)
     clients = [(engine, place, path, token) for place, path in places]
-    report = _update(console, Path(checkpoint), name, clients, asked, weight_version, timeout)
+    report = _update(console, Path(checkpoint), name, clients, asked, weight_version, timeout, verify)
     if rank == 0:
         tell(console, report, trace, json_output=json_output)
 
@@ -116,6 +120,7 @@ def _update(
     asked: dict[str, Any],
     version: str | None,
     timeout: float,
+    verify: Literal["on", "off"] | None,
 ) -> RolloutReport:
     """clients: arguments of get_engine. asked: of Policy."""
     # Imported here, so that a mistake in the arguments is told at once.
@@ -137,7 +142,8 @@ def _update(
             line(console, f"wait for {', '.join(engine.endpoint for engine in engines)}")
         limit = timedelta(seconds=timeout)
         with meter(console, f"update {name}", ps.get_metas().nbytes, show=leads) as bar:
-            return ps.roll_out(name, engines=engines, policy=policy, timeout=limit, version=version, progress=bar.advance)
+            options: dict[str, Any] = {"timeout": limit, "version": version, "progress": bar.advance, "verify": verify}
+            return ps.roll_out(name, engines=engines, policy=policy, **options)
 
 
 def tell(console: Console, report: RolloutReport, trace: Path | None, *, json_output: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -44,13 +45,24 @@ class _Table:
         self.chunks = int(chunks.max()) if len(chunks) else 0
 
 
+_tables: weakref.WeakKeyDictionary[Layout, dict[torch.device, _Table]] = weakref.WeakKeyDictionary()
+
+
+def _table(layout: Layout, device: torch.device) -> _Table:
+    """Kept as long as the layout is: 8 bytes of the device for every 64 KiB of tensors."""
+    made = _tables.setdefault(layout, {})
+    if device not in made:
+        made[device] = _Table(layout, device)
+    return made[device]
+
+
 class KernelSums:
     """See digests.Sums. Memories must start at multiples of 8 bytes, as all device memory does."""
 
     def __init__(self, layout: Layout, memories: Sequence[torch.Tensor]) -> None:
         self._layout, self._memories = layout, memories
         device = self._device = memories[0].device
-        self._table = _Table(layout, device)
+        self._table = _table(layout, device)
         self._bases = torch.tensor([memory.data_ptr() for memory in memories], dtype=torch.int64).to(device)
         self._weights = (*word_weights(device), place_weights(device, max(1, self._table.chunks)))
         self.totals = torch.zeros(len(layout.runs), dtype=torch.int64, device=device)

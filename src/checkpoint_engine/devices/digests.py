@@ -98,6 +98,11 @@ class Verifier:
         self._sums = _kernel_sums(layout, memories) if kernel else TorchSums(layout, memories)
         self._expected = words
 
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors that have a digest."""
+        return int(self._layout.table[:, 2][self._expected != 0].sum())
+
     def check(self, bucket: int) -> None:
         """Queue the check of a bucket on the current stream of the memories' device; on a CPU it is done at once.
 

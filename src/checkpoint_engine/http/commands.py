@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import msgspec
 
@@ -61,6 +61,7 @@ class RollOut(msgspec.Struct, frozen=True, tag=True):
     on_replica_failure: FailurePolicy
     ready_seconds: float | None
     timeout: float
+    verify: Literal["on", "off"] | None = None
 
 
 Command = Register | Unregister | Gather | RollOut
@@ -129,4 +130,4 @@ def _roll_out(ps: ParameterServer, clients: EngineClients, command: RollOut) -> 
     )
     limit = datetime.timedelta(seconds=command.timeout)
     engines = clients.get(command.engines)
-    ps.roll_out(command.name, engines=engines, policy=policy, version=command.version, timeout=limit)
+    ps.roll_out(command.name, engines=engines, policy=policy, version=command.version, timeout=limit, verify=command.verify)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
@@ -93,6 +93,7 @@ class UpdateBody(BaseModel):
     on_replica_failure: FailurePolicy = "abort"
     ready_seconds: Seconds | None = None
     timeout: Seconds = 600.0
+    verify: Literal["on", "off"] | None = None
 
     def command(self, default: tuple[EngineSpec, ...]) -> RollOut:
         return RollOut(
@@ -104,4 +105,5 @@ class UpdateBody(BaseModel):
             self.on_replica_failure,
             self.ready_seconds,
             self.timeout,
+            self.verify,
         )

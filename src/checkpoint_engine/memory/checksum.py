@@ -23,7 +23,9 @@ Sums of parts add up to the sum of the whole: parts can be summed in any order, 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
+from collections.abc import Sequence
 
 import torch
 
@@ -114,6 +116,22 @@ def finish(total: int, nbytes: int) -> int:
 def digest(raw: torch.Tensor) -> int:
     """64 bits of `raw` (uint8, one-dimensional, contiguous), on whatever device; never 0. Waits for the device."""
     return finish(int(partial_sum(raw)), raw.numel())
+
+
+def small_sums(raws: Sequence[torch.Tensor]) -> list[int]:
+    """`partial_sum` of each of these whole runs, in a CPU's memory; up to 20 times as fast where they are of a few KiB."""
+    rows = [-(-raw.numel() // CHUNK_BYTES) for raw in raws]
+    padded = torch.zeros(sum(rows) * CHUNK_BYTES, dtype=torch.uint8)
+    at = padded.data_ptr()
+    for raw, count in zip(raws, rows, strict=True):
+        ctypes.memmove(at, raw.data_ptr(), raw.numel())
+        at += count * CHUNK_BYTES
+    sums = _host_sums(padded)
+    places = place_weights(padded.device, max(rows, default=1))
+    weighted = _shifted(sums, 32).bitwise_xor_(sums).mul_(torch.cat([places[:count] for count in rows] or [places[:0]]))
+    ends = [0, *itertools.accumulate(rows)]
+    totals = torch.cat([_none, weighted.cumsum(0)])[torch.tensor(ends)]  # modulo 2^64, as all of this
+    return [int(total) for total in totals.diff()]
 
 
 def _host_sums(raw: torch.Tensor) -> torch.Tensor:

@@ -35,13 +35,10 @@ def pack(digests: Sequence[int]) -> bytes:
 _BIG_ENDIAN = array("H", [1]).tobytes() != b"\1\0"
 
 
-def source_of(name: str, buckets: Sequence[Bucket], bucket: int) -> tuple[int, ...]:
-    """The ranks whose memory a tensor of bucket number `bucket` came from, in the order of its bytes; for messages.
-
-    Empty when the bucket has no pieces, as where workers map all ranks' regions, or no such tensor.
-    """
-    item = next((item for item in buckets[bucket].items if item.name == name), None)
-    return () if item is None else _owners(item, buckets[bucket])
+def source_of(name: str, buckets: Iterable[Bucket]) -> tuple[int, ...]:
+    """The ranks whose memory a tensor of the plan comes from, in the order of its bytes; for messages. Empty when it has none, or
+    there is no such tensor."""
+    return next((_owners(item, bucket) for bucket in buckets for item in bucket.items if item.name == name), ())
 
 
 def _owners(item: Item, bucket: Bucket) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ from checkpoint_engine.transport.session import WorkerChannel, dismiss
 
 CANCELLED = "cancel"
 """The stage in which an update fails that somebody cancelled."""
+VERIFY = "verify"
+"""The stage in which a worker found bytes that are not what was registered: no fault of its engine."""
 
 
 @dataclasses.dataclass(frozen=True)

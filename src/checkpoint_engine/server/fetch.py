@@ -57,8 +57,8 @@ class Feed:
 class FetchPass(Pass):
     """regions: the slots' memory, then this rank's own. One thread reads into each slot, again when it was lifted from."""
 
-    def __init__(self, feed: Feed, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, feed: Feed, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._feed = feed
         # The driver lifts what is in _own, in order; a piece gets there when its bytes are here.
         self._all: list[tuple[Bucket, Piece]] = self._own

@@ -13,6 +13,7 @@ class Heard:
     def __init__(self) -> None:
         self._load = self._engine = self._hook = 0.0
         self._spent: dict[str, float] = {}
+        self._verified = 0
         self.again = False
         self.way = ""
         self.reads = -1
@@ -32,6 +33,7 @@ class Heard:
 
     def _tell(self, spent: Spent) -> None:
         self._spent, self.notes, self.spans = spent.seconds, spent.notes, spent.spans
+        self._verified = spent.verified
 
     def stats(self, nbytes: int) -> dict[str, StageStats]:
         """nbytes: of the stream's tensors."""
@@ -39,5 +41,5 @@ class Heard:
             "load": StageStats(nbytes, self._load),
             "load_weights": StageStats(nbytes, self._engine),
             "post_hook": StageStats(0, self._hook),
-            **{stage: StageStats(0, seconds) for stage, seconds in self._spent.items()},
+            **{stage: StageStats(self._verified * (stage == "verify"), spent) for stage, spent in self._spent.items()},
         }

@@ -56,8 +56,8 @@ class OpenRegions(Closing):
 class MappedPass(Pass):
     """A pass whose buckets are all there from the start: they only have to be loaded."""
 
-    def __init__(self, source: OpenRegions, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, source: OpenRegions, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._source = source
 
     def _drive(self) -> None:

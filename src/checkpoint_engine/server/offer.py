@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from checkpoint_engine.errors import AgreementError
@@ -13,7 +15,8 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     """host: for messages. plan: its digest. generation: of the communicator that this rank has or wants. where, regions:
     for ranks of the same host to open (None: they cannot). copies: it would share by peer copies. method: see Settings. maps: its
     worker reads host memory as its own. reads: bytes that its worker would pull; -1: it has no load plan, as far as is known.
-    ahead: digest of the regions that its worker has mapped for that. error: why this rank cannot take part."""
+    ahead: digest of the regions that its worker has mapped for that. verify: see Settings. error: why this rank cannot take
+    part."""
 
     checkpoint: str
     plan: str
@@ -30,6 +33,13 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     maps: bool = False
     reads: int = -1
     ahead: str = ""
+    verify: str = "auto"
+
+
+def verified(offers: Sequence[Offer], device: str) -> bool:
+    """Whether workers check digests. device: its kind. Who says "on" has it for all; who says "off", where nobody does."""
+    wanted = {offer.verify for offer in offers}
+    return "on" in wanted or ("off" not in wanted and device == "cpu")
 
 
 def exchange_offers(links: Links, mine: Offer, seconds: float) -> list[Offer]:

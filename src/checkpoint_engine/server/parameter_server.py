@@ -73,12 +73,8 @@ class ParameterServer:
         self._device.bind_thread()
         self._fleet = Fleet(self._rank, self._world_size, self._settings, master_addr, master_port)
         self._registered_memory: dict[int, Any] = {}
-        self._registry = Registry(
-            self._settings,
-            on_create=self._register_memory,
-            on_destroy=self._unregister_memory,
-            on_map=lambda region: self._device.place(region.tensor),
-        )
+        hooks = self._register_memory, self._unregister_memory
+        self._registry = Registry(self._settings, *hooks, on_map=lambda region: self._device.place(region.tensor))
         self._gatherer = Gatherer(self._fleet, self._device, self._settings)
         self._keeper = Keeper(self._fleet, self._device)
         self._sources = Sources(self._fleet, self._settings)
@@ -118,8 +114,7 @@ class ParameterServer:
         use_inplace_pin_memory  files in /dev/shm are used where they are. Nothing is ever deleted
         progress                called with (bytes done, bytes in all)
 
-        Raises CheckpointExistsError, FileFormatError, TensorError, DuplicateTensorError, CheckpointError; whatever was
-        registered before is untouched then.
+        Raises CheckpointExistsError, FileFormatError, TensorError, DuplicateTensorError, CheckpointError; others stay the same.
         """
         self._registry.register(
             checkpoint_name,
@@ -189,6 +184,7 @@ class ParameterServer:
         ranks: Sequence[int] | None = None,
         version: str | None = None,
         progress: Callable[[int], None] | None = None,
+        verify: str | None = None,
     ) -> UpdateReport:
         """Collective: put the checkpoint into the engines of all ranks, or of `ranks`.
 
@@ -200,6 +196,7 @@ class ParameterServer:
                   this, and return at once with an empty report. None or []: all, by broadcast
         version   what the engines say they serve from then on; None: checkpoint name and 12 digits of its digest
         progress  called with the bytes of each bucket when it is complete on this rank
+        verify    None: as Settings.verify, which says what it is. Tensors that changed fail the update in stage "verify"
 
         Returns after all workers on all ranks have committed. Raises UpdateError on every rank when it failed on any,
         UpdateInProgressError, CheckpointNotFoundError, AgreementError.
@@ -208,6 +205,7 @@ class ParameterServer:
             raise UpdateInProgressError(f"rank {self._rank} is updating already; one update at a time")
         try:
             settings = self._settings if timeout is None else self._settings.replace(timeout=timeout.total_seconds())
+            settings = settings.replace(verify=verify or settings.verify)
             with self.watch.doing(checkpoint_name, version, rollout=False) as outcome:
                 what = (checkpoint_name, req_func, settings, version, self.watch.moved(progress))
                 return outcome.keep(self._receivers.update(*what, ranks) if ranks else self._updater.update(*what))
@@ -233,6 +231,7 @@ class ParameterServer:
         timeout: datetime.timedelta | None = None,
         progress: Callable[[int], None] | None = None,
         read: bool = False,
+        verify: str | None = None,
     ) -> RolloutReport:
         """Collective: `update` of these engines, with all that belongs around it (pause, reset the cache, publish, resume).
 
@@ -245,7 +244,7 @@ class ParameterServer:
         version = version or self.get_metas().version
         seconds = timeout.total_seconds() if timeout else self._settings.timeout
         rollout = Rollout(self._fleet.links, engines, policy or Policy(), seconds, self._settings.join_timeout)
-        options: dict[str, Any] = {"timeout": timeout, "version": version, "progress": progress}
+        options: dict[str, Any] = {"timeout": timeout, "version": version, "progress": progress, "verify": verify}
         options["ranks"] = range(self._world_size) if read else None
         with self.watch.doing(checkpoint_name, version, rollout=True) as outcome:
             return outcome.keep(rollout.run(lambda request: self.update(checkpoint_name, request, **options), version))
@@ -259,6 +258,7 @@ class ParameterServer:
         policy: Policy | None = None,
         timeout: datetime.timedelta | None = None,
         keep: bool = True,
+        verify: str | None = None,
     ) -> RolloutReport:
         """Collective: this rank's tensors, together with the other ranks', into `engines`, in one call; see `roll_out`.
 
@@ -271,7 +271,7 @@ class ParameterServer:
         self.register_checkpoint(PUSHED, named_tensors=dict(named_tensors), use_shared_memory_pool=keep)
         try:
             self.gather_metas(PUSHED)
-            return self.roll_out(PUSHED, engines=engines, policy=policy, version=version, timeout=timeout)
+            return self.roll_out(PUSHED, engines=engines, policy=policy, version=version, timeout=timeout, verify=verify)
         finally:
             if not keep:
                 self.unregister_checkpoint(PUSHED)

@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from checkpoint_engine.devices.base import Event
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, said
 from checkpoint_engine.planning.plan import Bucket, Piece, Plan
+from checkpoint_engine.server.expected import Expected
 from checkpoint_engine.server.heard import Heard
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.stages import Stages
@@ -55,6 +57,7 @@ class Pass:
     deadline  of the update, on time.monotonic, `seconds` after its start
     progress  called with the bytes of each bucket when it is complete on this rank
     recorder  of this rank's timeline
+    expected  what the worker checks; None: nothing
     """
 
     def __init__(
@@ -68,9 +71,10 @@ class Pass:
         deadline: float,
         progress: Callable[[int], None] | None = None,
         recorder: Recorder | None = None,
+        expected: Expected | None = None,
     ) -> None:
         self._plan, self._lane, self._regions, self._worker, self._known = plan, lane, regions, worker, known
-        self._progress = progress
+        self._progress, self._expected = progress, expected
         self._recorder = recorder or Recorder(enabled=False)
         self._stages = Stages(plan, lane, self._recorder)
         self._seconds, self._deadline = seconds, deadline
@@ -190,7 +194,9 @@ class Pass:
     def _deliver(self) -> None:
         worker = self._worker
         if worker is not None:
-            worker.send(*self._attachment(), seconds=self._remaining())
+            attach, descriptors = self._attachment()
+            digests = b"" if self._expected is None else self._expected.digests
+            worker.send(msgspec.structs.replace(attach, digests=digests), descriptors, seconds=self._remaining())
         for bucket in self._plan.buckets:
             if (entry := self._next_arrival()) is None:
                 raise Stopped("stopped")
@@ -257,6 +263,8 @@ class Pass:
                         raise ProtocolError(f"the worker is ready after {self._loaded} of {len(self._plan.buckets)} buckets")
                     self.heard.ended(ended)
                     return
+                case Failed(wrong=wrong) as failed if wrong and self._expected is not None:
+                    raise PassError(failed.stage, str(self._expected.mismatch(wrong)))
                 case Failed() as failed:
                     where = f" of bucket {failed.bucket}" if failed.bucket >= 0 else ""
                     raise PassError(failed.stage, f"the worker failed in {failed.stage}{where}: {failed.reason}")

@@ -230,7 +230,7 @@ class FetchUpdater(Updater):
         feed = Feed(supply, agreed.stream.ranks[self._fleet.rank].regions, own, settings.connect_timeout)
         self._make_pass = partial(FetchPass, feed)
         regions = (*(slot.region for slot in supply.slots), *own_regions)
-        return Prepared(agreed.metas, plan, regions, None)
+        return Prepared(agreed.metas, plan, regions, None, supply.sources_of)
 
     def _ring_bytes(self, name: str) -> int:
         return self._agreed.ring_bytes if self._agreed is not None else 0

@@ -30,7 +30,8 @@ class UpdateReport:
     method   "broadcast"; "copies": peer copies within a host; "mapped": engines loaded straight from the servers' memory;
              "pull": the same, replayed
     stages   lift, share, load (of it load_weights: the engine's own function), post_hook; worker: all that Python did in it,
-             waiting left out, and of that record, prove, replay; of each the rank that was longest at work in it
+             waiting left out, and of that record, prove, replay; verify: digests being made, beside all else, where they were
+             checked; of each the rank that was longest at work in it
     ranks    the same per rank, in rank order
     passes   how often the stream ran (more than once with speculative decoding, and to record and prove a load plan)
     ways     how workers loaded: "loader", "proved" (the loader, then a plan that is used from then on), "replayed"; all that

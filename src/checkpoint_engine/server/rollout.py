@@ -17,7 +17,7 @@ import msgspec
 from checkpoint_engine.engines.base import Engine, replica_size
 from checkpoint_engine.engines.rollout import Policy, Turn
 from checkpoint_engine.errors import CheckpointEngineError, EngineError, ReplicaError, UpdateError
-from checkpoint_engine.server.events import CANCELLED
+from checkpoint_engine.server.events import CANCELLED, VERIFY
 from checkpoint_engine.server.report import UpdateReport
 from checkpoint_engine.server.update import NO_WORKER, RequestFunction
 from checkpoint_engine.timeline import Trace
@@ -191,7 +191,7 @@ class Rollout:
             return False
         self._dirty |= {rank // self._size for rank, said in enumerate(says) if said.dirty}
         culprit = says[0].culprit // self._size
-        if self._policy.on_replica_failure == "abort" or culprit in self._failed or error.stage == CANCELLED:
+        if self._policy.on_replica_failure == "abort" or culprit in self._failed or error.stage in (CANCELLED, VERIFY):
             return False
         if len(self._failed) + 1 == len(self._engines):
             return False

@@ -145,6 +145,7 @@ class Supply(Closing):
         self._lock = threading.Lock()
         self._connections: dict[Way, _Connection] = {}
         self._lost: dict[int, CheckpointEngineError] = {}
+        self._earlier: dict[str, tuple[int, ...]] = {}  # tensors -> their sources that were lost
         self._fatal: CheckpointEngineError | None = None
         self.stopped = False
         self._place()
@@ -162,6 +163,11 @@ class Supply(Closing):
         if offer is None:
             raise ManifestError(f"rank {rank} is not to be read")
         return offer
+
+    def sources_of(self, tensor: str) -> tuple[int, ...]:
+        """The ranks that its bytes may have come from."""
+        with self._lock:
+            return *self._earlier.get(tensor, ()), *(r.held.owner for r in [self._reads.get(tensor)] if r)
 
     # --- reading -------------------------------------------------------------------------------------------------------
 
@@ -255,6 +261,8 @@ class Supply(Closing):
 
     def _lose(self, rank: int, error: CheckpointEngineError) -> None:
         self._lost[rank] = error
+        names = [name for name, read in self._reads.items() if read.held.owner == rank]
+        self._earlier |= {name: (*self._earlier.get(name, ()), rank) for name in names}
         nics = nics_of(self._metas)
         try:
             self._plan = replace_sources(

@@ -20,13 +20,14 @@ from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.memory.registry import Registry
 from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.server.events import SessionFailed, WorkerCame
+from checkpoint_engine.server.expected import Expected
 from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.gather import Gatherer
 from checkpoint_engine.server.keeper import Keeper
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.mapped import MappedPass, describe
 from checkpoint_engine.server.neighbours import meet_neighbours
-from checkpoint_engine.server.offer import Offer, exchange_offers
+from checkpoint_engine.server.offer import Offer, exchange_offers, verified
 from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.server.pull import AheadPass, Puller
 from checkpoint_engine.server.report import UpdateReport, make_report, method_name
@@ -43,12 +44,14 @@ PAGE = 4096
 
 
 class Prepared(NamedTuple):
-    """What an update needs of this rank. shared: the regions as other ranks may open them; None: they may not."""
+    """What an update needs of this rank. shared: the regions as other ranks may open them; None: they may not. sources: which
+    ranks of the manifest a tensor's bytes come from; None: those that the plan names."""
 
     manifest: Manifest
     plan: Plan
     regions: tuple[HostRegion, ...]
     shared: tuple[SharedDescriptor, ...] | None
+    sources: Callable[[str], tuple[int, ...]] | None = None
 
 
 class Updater:
@@ -69,22 +72,23 @@ class Updater:
         progress: Callable[[int], None] | None,
     ) -> UpdateReport:
         """See ParameterServer.update."""
-        start = time.perf_counter()
+        start, links = time.perf_counter(), self._fleet.links
         self._device.bind_thread()  # the caller's thread may be a new one
-        links = self._fleet.links
         number = links.next_round  # of the exchange below, so it is the same on all ranks
         with contextlib.ExitStack() as stack:
             inbox = stack.enter_context(links.inbox(number))
             listener = stack.enter_context(self._listen(inbox, settings))
             prepared = self._try_to_prepare(stack, name, settings)
-            offers = exchange_offers(
-                links, self._offer(prepared, name, version, listener.handle, settings), settings.join_timeout
-            )
+            mine = self._offer(prepared, name, version, listener.handle, settings)
+            offers = exchange_offers(links, mine, settings.join_timeout)
             if isinstance(prepared, Exception):
                 raise prepared
             recorder = Recorder(time.perf_counter(), span_limit(len(offers)), enabled=settings.timelines)
-            plan = prepared.plan
-            method, opened = self._puller.open(stack, links, offers, plan, prepared.manifest, settings.join_timeout)
+            plan, manifest = prepared.plan, prepared.manifest
+            method, opened = self._puller.open(stack, links, offers, plan, manifest, settings.join_timeout)
+            make_pass = partial(MappedPass if method.pull else AheadPass, opened) if opened else self._make_pass
+            if verified(offers, self._device.kind):
+                make_pass = partial(make_pass, expected=Expected(plan, manifest, prepared.sources))
             lane = stack.enter_context(self._empty_lane()) if method.pull else self._join(stack, number, offers, plan, settings)
             recorder.lap("join")
             run = UpdateRun(
@@ -96,7 +100,7 @@ class Updater:
                 links,
                 [offer.host for offer in offers],
                 settings,
-                partial(MappedPass if method.pull else AheadPass, opened) if opened else self._make_pass,
+                make_pass,
                 self._device.uuid if self._device.kind != "cpu" else None,
                 progress,
                 recorder,
@@ -105,8 +109,8 @@ class Updater:
         self._keeper.proven = lane.method == "copies"
         self._give_back(name, settings)
         self._puller.settle(offers, plan, outcome.reads, mapped=opened is not None)
-        name_of_method = method_name(lane.method, outcome.ways, mapped=method.pull)
-        report = make_report(offers[0].version, name_of_method, plan.nbytes, time.perf_counter() - start, outcome)
+        by = method_name(lane.method, outcome.ways, mapped=method.pull)
+        report = make_report(offers[0].version, by, plan.nbytes, time.perf_counter() - start, outcome)
         log.info("rank %d: %s", self._fleet.rank, report)
         return report
 
@@ -202,4 +206,4 @@ class Updater:
         offer = msgspec.structs.replace(
             offer, plan=prepared.plan.digest, version=version or prepared.manifest.version, regions=prepared.shared
         )
-        return self._puller.offer(offer, settings)
+        return self._puller.offer(msgspec.structs.replace(offer, verify=settings.verify), settings)

@@ -40,10 +40,12 @@ class Loaded(Message, frozen=True):
 
 class Spent(msgspec.Struct, frozen=True, array_like=True):
     """What a worker tells of one stream. seconds: at work, by stage: "worker" (all that its Python did, waiting left out), and of
-    it "record", "prove" or "replay". notes: for people, about its load plan. spans: by its own `time.perf_counter`."""
+    it "record", "prove" or "replay"; "verify": while any digest was being made. verified: bytes that had theirs. notes: for
+    people, about its load plan. spans: by its own `time.perf_counter`."""
 
     seconds: dict[str, float] = {}
     notes: tuple[str, ...] = ()
+    verified: int = 0
     spans: tuple[Span, ...] = ()
 
 
@@ -69,12 +71,14 @@ class Committed(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """This worker cannot go on. bucket: -1 outside of loading. dirty: some bytes were loaded already."""
+    """This worker cannot go on. bucket: -1 outside of loading. dirty: some bytes were loaded already. wrong: names of tensors
+    that are not what was registered."""
 
     stage: str
     bucket: int
     reason: str
     dirty: bool
+    wrong: tuple[str, ...] = ()
 
 
 # --- server -> worker -------------------------------------------------------------------------------------------------
@@ -90,13 +94,15 @@ class Table(Message, frozen=True):
 
 class Attach(Message, frozen=True):
     """Map these memories (descriptors travel beside the message): the ring, or all ranks' regions. `tables` is None when
-    Hello named the plan. ahead: all ranks' regions, which a later update is going to be pulled from; their descriptors follow."""
+    Hello named the plan. ahead: all ranks' regions, which a later update is going to be pulled from; their descriptors follow.
+    digests: of the tables' tensors, in order (planning.digests), which they must have; empty: nothing is checked."""
 
     rank: int
     memories: tuple[SharedHandle, ...]
     plan: str
     tables: tuple[Table, ...] | None
     ahead: tuple[SharedHandle, ...] = ()
+    digests: bytes = b""
 
 
 class Load(Message, frozen=True):

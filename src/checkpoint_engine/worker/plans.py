@@ -22,11 +22,13 @@ KEPT_LAYOUTS = 2
 
 
 class PreparedBucket(NamedTuple):
-    """names: of its tensors that are replayed, `rest` of those that the loader must get."""
+    """names: of its tensors that are replayed, `rest` of those that the loader must get. used: numbers of those of which any byte
+    is taken."""
 
     prepared: Prepared
     names: tuple[str, ...]
     rest: frozenset[str]
+    used: tuple[int, ...]
 
 
 class Runnable:
@@ -52,7 +54,9 @@ class Runnable:
     def _prepare(self, table: Table) -> PreparedBucket:
         prepared = self._replayer.prepare(Source(i.name, i.memory, table.offset + i.offset) for i in table.items)
         rest = frozenset(prepared.rest)
-        return PreparedBucket(prepared, tuple(i.name for i in table.items if i.name not in rest), rest)
+        names = tuple(i.name for i in table.items if i.name not in rest)
+        used = tuple(n for n, i in enumerate(table.items) if i.name in rest or self.plan.by_name[i.name].copies)
+        return PreparedBucket(prepared, names, rest, used)
 
     def reads(self, tables: Sequence[Table]) -> int:
         """Bytes that a pass reads of the servers' memory: what is replayed, and all of each tensor that the loader gets."""

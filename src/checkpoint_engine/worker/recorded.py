@@ -107,6 +107,10 @@ class Loads:
         self._proof.poison()
         self._spend("prove", start)
 
+    def used(self, bucket: int) -> tuple[int, ...] | None:
+        """Numbers of the bucket's tensors of which this stream takes any byte; None: perhaps of all."""
+        return self._buckets[bucket].used if self.way in (Way.PROVE, Way.REPLAY) else None
+
     def load(self, bucket: int, table: Table, views: Views) -> float:
         """Load a bucket, or queue that. Returns the seconds of it inside the engine's `run`. Raises what `run` raises."""
         if self._broken is not None:

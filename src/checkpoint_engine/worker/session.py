@@ -13,10 +13,11 @@ from typing import TypeVar
 import torch
 import zmq
 
-from checkpoint_engine.devices.base import Device, Event, Mapping, get_device
+from checkpoint_engine.devices.base import Device, Event, get_device
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineError,
+    IntegrityError,
     PeerLostError,
     ProtocolError,
     WorkerUpdateError,
@@ -42,15 +43,14 @@ from checkpoint_engine.transport.messages import (
     Table,
 )
 from checkpoint_engine.transport.session import ServerChannel, connect
+from checkpoint_engine.worker.attached import known_plans, mappings, tables_of, views_of
+from checkpoint_engine.worker.check import Check, make_check
 from checkpoint_engine.worker.recorded import Loads, LoadWeights
 from checkpoint_engine.worker.state import WeightsState, weights_state
 from checkpoint_engine.worker.views import Views
 from checkpoint_engine.worker.work import Work
 
 Expected = TypeVar("Expected")
-KEPT_TABLES = 4
-
-_tables: collections.OrderedDict[str, tuple[Table, ...]] = collections.OrderedDict()
 
 
 def update_weights_from_ipc(
@@ -102,6 +102,7 @@ class _Failure(Exception):
     def __init__(self, stage: str, bucket: int, error: BaseException) -> None:
         self.stage, self.bucket = stage, bucket
         self.reason = said(error)
+        self.wrong = error.tensors if isinstance(error, IntegrityError) and stage == "verify" else ()
 
 
 class _Session:
@@ -135,7 +136,7 @@ class _Session:
     def receive(self) -> str:
         try:
             version, dirty = self.state.read()
-            self._send(Hello(os.getpid(), self.device.uuid, version, dirty, tuple(_tables)))
+            self._send(Hello(os.getpid(), self.device.uuid, version, dirty, known_plans()))
             while self._load_all():
                 self._send(Again(self._spent()))
             self._finish()
@@ -144,7 +145,7 @@ class _Session:
             self.loads.failed()
             # The server may have gone first; then it knows already.
             with contextlib.suppress(CheckpointEngineError):
-                self._send(Failed(e.stage, e.bucket, e.reason, self.soiled))
+                self._send(Failed(e.stage, e.bucket, e.reason, self.soiled, e.wrong))
             where = f"{e.stage} of bucket {e.bucket}" if e.bucket >= 0 else e.stage
             raise WorkerUpdateError(f"{where} failed here: {e.reason}", dirty=self.state.dirty) from e.__cause__
         except CheckpointEngineError as e:
@@ -154,21 +155,47 @@ class _Session:
         """One stream. Whether it is needed once more."""
         attach = self._next("Attach", Attach)
         start = time.perf_counter()
-        tables = _remember(attach)
+        tables = tables_of(attach)
         with contextlib.ExitStack() as mapped:
             try:
-                views = self._views([mapped.enter_context(m).tensor for m in self._map(attach)])
+                descriptors = self.channel.take_descriptors()
+                memories = [mapped.enter_context(m).tensor for m in mappings(attach, descriptors, self.device)]
+                views = views_of(memories, self.device, self._index)
                 self.loads.begin(attach.plan, tables)
+                check = mapped.enter_context(
+                    make_check(attach, tables, memories, self.device, self.settings.timeout, self._work.checks)
+                )
             except Exception as e:
                 raise _Failure("attach", -1, e) from e
             self._work.did("attach", start)
-            while isinstance(message := self._next_bucket(), Load):
-                if not 0 <= message.bucket < len(tables):
-                    raise ProtocolError(f"the server sent bucket {message.bucket} of {len(tables)}")
-                self._load(message.bucket, tables[message.bucket], views)
+            for bucket in self._buckets(len(tables), check):
+                self._load(bucket, tables[bucket], views, check)
             while self._queued:
                 self._report(self.settings.timeout)
+            self._end_check(check)
         return self._end_stream()
+
+    def _buckets(self, count: int, check: Check) -> Iterator[int]:
+        """Numbers of the stream's buckets, as they are to be loaded; the check of each begins when it is there."""
+        ahead: collections.deque[int] = collections.deque()
+        message: Message | None = None
+        while ahead or not isinstance(message, Release):
+            full = isinstance(message, Release) or len(ahead) == check.ahead
+            if full or (message := self._next_bucket(wait=not ahead)) is None:
+                yield ahead.popleft()
+            elif isinstance(message, Load):
+                if not 0 <= message.bucket < count:
+                    raise ProtocolError(f"the server sent bucket {message.bucket} of {count}")
+                check.begin(message.bucket, self.loads.used(message.bucket))
+                ahead.append(message.bucket)
+
+    def _end_check(self, check: Check) -> None:
+        try:
+            check.finish()
+        except Exception as e:
+            raise _Failure("verify", -1, e) from e
+        self._work.checked += check.nbytes
+        self._work.checking += check.seconds
 
     def _end_stream(self) -> bool:
         start = time.perf_counter()
@@ -179,41 +206,27 @@ class _Session:
         finally:
             self._work.did("plan", start)
 
-    def _soil(self) -> None:
-        self.state.soil()
-        self.soiled = True
-
-    def _views(self, memories: list[torch.Tensor]) -> Views:
-        elsewhere = self.device.kind == "cuda" and any(memory.device.type == "cpu" for memory in memories)
-        return Views(memories, torch.device("cuda", self._index) if elsewhere else None)
-
-    def _map(self, attach: Attach) -> Iterator[Mapping]:
-        taken = self.channel.take_descriptors()
-        later = len(taken) - len(attach.ahead)
-        if later < 0:
-            raise ProtocolError("the server sent fewer descriptors than memories")
-        if attach.ahead or all(handle.kind != "region" for handle in attach.memories):
-            self.device.map_ahead(attach.ahead, taken[later:])
-        descriptors = collections.deque(taken[:later])
-        for handle in attach.memories:
-            needs = handle.kind != "cuda_ipc"
-            if needs and not descriptors:
-                raise ProtocolError("the server sent fewer descriptors than memories")
-            yield self.device.open_ring(handle, (descriptors.popleft(),) if needs else ())
-
-    def _next_bucket(self) -> Message:
-        """The next order; meanwhile buckets whose copies are over are reported. Python goes on while the device copies."""
-        while self._queued:
+    def _next_bucket(self, *, wait: bool) -> Message | None:
+        """The next order, or None where there is none yet and it is not to be waited for. Meanwhile buckets whose copies are over
+        are reported: Python goes on while the device copies."""
+        while self._queued or not wait:
             self._report(0.0)
             if (message := self.channel.poll()) is not None:
                 return self._expect(message, "a bucket", Load, Release)
+            if not wait:
+                return None
             self._report(self.settings.timeout)
         return self._next("a bucket", Load, Release)
 
-    def _load(self, bucket: int, table: Table, views: Views) -> None:
+    def _load(self, bucket: int, table: Table, views: Views, check: Check) -> None:
+        try:
+            check.before_load(bucket)
+        except Exception as e:
+            raise _Failure("verify", bucket, e) from e
         start = time.perf_counter()
         try:
-            self._soil()
+            self.state.soil()
+            self.soiled = True
             inside = self.loads.load(bucket, table, views)
             seconds = self._work.did("load", start, bucket)
             self._queued.append((Loaded(bucket, seconds, inside), self.device.mark(), start + seconds))
@@ -255,8 +268,8 @@ class _Session:
     def _spent(self) -> Spent:
         """Since the last time that it was told."""
         loads = self.loads
-        seconds, spans = self._work.take()
-        spent = Spent({"worker": seconds, **loads.spent}, tuple(loads.notes), spans)
+        seconds, spans, verified = self._work.take()
+        spent = Spent({**seconds, **loads.spent}, tuple(loads.notes), verified, spans)
         loads.spent.clear()
         loads.notes.clear()
         return spent
@@ -285,13 +298,3 @@ class _Session:
         if not isinstance(message, expected):
             raise ProtocolError(f"the server sent {type(message).__name__} instead of {what}")
         return message
-
-
-def _remember(attach: Attach) -> tuple[Table, ...]:
-    if attach.tables is not None:
-        _tables[attach.plan] = attach.tables
-        while len(_tables) > KEPT_TABLES:
-            _tables.popitem(last=False)
-    elif attach.plan not in _tables:
-        raise ProtocolError("the server did not send the plan's tables, which this worker does not have")
-    return _tables[attach.plan]
