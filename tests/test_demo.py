@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from checkpoint_engine.cli.demo.checkpoint import perturb, read_checkpoint
+from checkpoint_engine.cli.demo.joining import latencies
 from checkpoint_engine.cli.demo.processes import Fleet, free_port_pair
 from checkpoint_engine.errors import DeadlineError, FileFormatError, PeerLostError, SettingsError
 from embedded_support import save_bert, save_llama
@@ -70,6 +71,28 @@ def test_demo(tmp_path: Path, kind: str) -> None:
         assert all(e["parameters_equal"] and e["answers_equal"] and e["version_equal"] for e in update["engines"])
     for client in result["clients"]:
         assert client["failed"] == 0 and client["mixed"] == [] and client["answered"] > 0
+
+
+@pytest.mark.timeout(120)
+def test_an_engine_joins_a_pair_that_serves(tmp_path: Path) -> None:
+    directory = save_bert(tmp_path / "model")
+    with demo(directory, "--json", "--method", "p2p") as process:
+        output, errors = process.communicate(timeout=WAIT)
+        assert process.returncode == 0, errors
+    result = json.loads(output)
+    joins = result["joins"]
+    assert result["ok"] and joins["report"]["method"] == "p2p (tcp)"
+    assert joins["report"]["stages"]["fetch"]["nbytes"] >= result["nbytes"]
+    assert len(joins["seconds"]) == joins["count"] and len(joins["source_cpu_seconds"]) == 2
+    assert joins["before"]["p99"] >= joins["before"]["median"] > 0 and joins["during"]["count"] > 0
+    assert len(result["engines"]) == 3
+    assert all(e["parameters_equal"] and e["answers_equal"] and e["version_equal"] for e in result["engines"])
+    assert [client["failed"] for client in result["clients"]] == [0, 0]
+
+
+def test_latencies() -> None:
+    assert latencies([]) == {"count": 0, "median": 0.0, "p99": 0.0}
+    assert latencies([float(n) for n in range(100, 0, -1)]) == {"count": 100, "median": 51.0, "p99": 99.0}
 
 
 def test_interrupted(tmp_path: Path) -> None:

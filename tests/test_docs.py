@@ -72,6 +72,7 @@ NOT_RUN = {
     "docs/notes-cuda.md: from checkpoint_engine.devices.nccl": "part of a program; needs GPUs",
     "docs/notes-cuda.md: GUARD": "part of a program; needs GPUs",
     'docs/operate.md: {"id"': "an answer, shortened; test_http_updates has the route",
+    "docs/peer.md: make demo": "one builds an environment, one ends by a signal: test_demo and test_p2p_join run the same",
     "docs/peer.md: ps.load_metas": "part of a program; test_p2p_update has all of it",
     "docs/peer.md: with PeerServer": "part of a program; test_peer_server has all of it",
     "docs/recorded-loads.md: record   the loader": "a table",

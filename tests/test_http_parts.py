@@ -182,7 +182,7 @@ def test_a_beat_from_a_thread_wakes_whoever_waits() -> None:
 def test_every_route_is_in_the_schema_with_examples(app: FastAPI) -> None:
     """Of each body and each answer, good or bad; and every route that there is, but for rank 0's own."""
     schema = app.openapi()
-    assert sum(len(of) for of in schema["paths"].values()) == 21
+    assert sum(len(of) for of in schema["paths"].values()) == 24
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
             where = f"{method} {path}"

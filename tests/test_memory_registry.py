@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -17,6 +18,7 @@ from checkpoint_engine.errors import (
     CheckpointNotFoundError,
     FileFormatError,
 )
+from checkpoint_engine.manifest import RegionMeta, TensorMeta
 from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.memory.registry import Registry
 from checkpoint_engine.settings import Settings
@@ -195,3 +197,34 @@ def test_many_threads(registry: Registry) -> None:
     for thread in threads:
         thread.join(30)
     assert sorted(outcomes) == ["mine"] + ["taken"] * 5
+
+
+def test_memory_for_what_comes_from_elsewhere(registry: Registry, device: Device) -> None:
+    """It is registered if it came, given back if it did not; the name is taken meanwhile."""
+    metas = (RegionMeta(4096, (TensorMeta("a", "uint8", (3,), 0, 7),)),)
+    with registry.receive("a", [4096]) as received:
+        assert device.live == {region.generation for region in received.regions}
+        assert "a" not in registry and registry.names() == ()
+        with pytest.raises(CheckpointExistsError):
+            registry.register("a", named_tensors={"a": torch.zeros(3)})
+        received.metas = metas
+    assert registry["a"].metas() == metas
+    with pytest.raises(CheckpointExistsError), registry.receive("a", [4096]):
+        pass
+    registry.unregister("a")
+    with registry.receive("a", [4096, 8192]):
+        assert len(device.live) == 2
+    with contextlib.suppress(ValueError), registry.receive("a", [4096]) as received:
+        received.metas = metas
+        raise ValueError("it broke")
+    with pytest.raises(CheckpointError), registry.receive("a", [1 << 60]):
+        pass
+    assert device.live == set() and registry.names() == () and registry.kept_bytes == 0
+
+
+def test_what_comes_after_the_registry_was_closed_is_given_back(device: Device) -> None:
+    registry = Registry(Settings(io_threads=2), device.create, device.destroy)
+    with registry.receive("a", [4096]) as received:
+        registry.close()
+        received.metas = (RegionMeta(4096, ()),)
+    assert device.live == set() and registry.names() == ()

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
+import torch
 
 from checkpoint_engine.devices.cpu import CpuDevice
 from checkpoint_engine.errors import ManifestError, TransferError
 from checkpoint_engine.manifest import Manifest, RankManifest, RegionMeta, TensorMeta
 from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.planning.peers import Receiver, plan_fetch
+from checkpoint_engine.server.holders import without
+from checkpoint_engine.server.slots import RingSlot, Slot
 from checkpoint_engine.server.sources import Metas
-from checkpoint_engine.server.supply import Supply, Want, nics_of, unreadable
+from checkpoint_engine.server.supply import Supply, Transports, Want, nics_of, unreadable
 from checkpoint_engine.transport.peer.base import PeerOffer, PeerOptions
 from checkpoint_engine.transport.peer.server import PeerServer
 from checkpoint_engine.transport.peer.serving import ServerLimits
+from checkpoint_engine.transport.peer.tcp import TcpLane
 from helpers.peers import content
 
 KIB = 1 << 10
@@ -29,17 +34,18 @@ def _metas(*offers: PeerOffer | None) -> Metas:
     return Metas("c", tuple(RankManifest(r, f"far-{r}", "", (region,)) for r in range(len(offers))), offers)
 
 
-def _supply(metas: Metas) -> Supply:
+def _supply(metas: Metas, slot: Slot | None = None) -> Supply:
     plan = plan_fetch(metas, [GROUP], nics_of(metas), unreadable(metas))
     kinds = {rank: "tcp" for rank, offer in enumerate(metas.offers) if offer is not None}
-    return Supply(CpuDevice(), metas, plan, GROUP, kinds, PeerOptions(connections=1), 1, 256 * KIB, 2.0)
+    slots = [slot or Slot(CpuDevice(), 256 * KIB)]
+    return Supply(metas, plan, GROUP, kinds, Transports(lambda: PeerOptions(connections=1)), slots, 2.0)
 
 
-def _read(supply: Supply) -> bytes:
+def _read(supply: Supply, seconds: float = 5.0) -> bytes:
     slot = supply.slots[0]
-    slot.region.tensor.zero_()
-    supply.read([Want(name, 0, 64 * KIB, n * 64 * KIB) for n, name in enumerate(NAMES)], slot, 5.0)
-    return bytes(slot.region.view(0, 256 * KIB))
+    slot.tensor.zero_()
+    supply.read([Want(name, 0, 64 * KIB, n * 64 * KIB) for n, name in enumerate(NAMES)], slot, seconds)
+    return bytes(slot.tensor.numpy())
 
 
 def _server(region: HostRegion, name: str, hosts: list[str]) -> PeerServer:
@@ -71,6 +77,37 @@ def test_an_idle_connection_is_made_again_and_a_lost_source_given_up() -> None:
             _read(supply)
 
 
+@pytest.mark.parametrize("kind", [Slot, RingSlot])
+def test_memory_that_may_still_be_written_to_is_not_used(kind: type[Slot], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that reads from rank 1 does not end when it should: a slot moves to other memory, the ring cannot."""
+    going = threading.Event()
+    take = TcpLane._take_answer
+
+    def slow(lane: TcpLane) -> None:
+        if "rank 1" in lane.owner.name:
+            going.wait(20.0)
+        take(lane)
+
+    monkeypatch.setattr(TcpLane, "_take_answer", slow)
+    place = torch.zeros(256 * KIB, dtype=torch.uint8)
+    with (
+        HostRegion(256 * KIB) as one,
+        HostRegion(256 * KIB) as two,
+        _server(one, "rank 0 (x)", ["127.0.0.1"]) as first,
+        _server(two, "rank 1 (y)", ["127.0.0.1"]) as second,
+        _supply(_metas(first.offer(), second.offer()), kind(CpuDevice(), 256 * KIB, place)) as supply,
+    ):
+        (slot,) = supply.slots
+        if kind is RingSlot:
+            with pytest.raises(TransferError, match="may still write to the ring"):
+                _read(supply, 0.3)
+            assert slot.quarantined
+        else:
+            assert _read(supply, 0.3) == content(0, 256 * KIB)
+            assert slot.moved and slot.tensor is not place
+        going.set()
+
+
 def test_after_stop_nothing_is_read() -> None:
     with HostRegion(256 * KIB) as region, _server(region, "rank 0 (x)", ["127.0.0.1"]) as server:
         with _supply(_metas(server.offer())) as supply:
@@ -85,6 +122,7 @@ def test_an_offer_that_does_not_fit_the_manifest_is_not_read() -> None:
         offer = server.offer()
         fitting, none = _metas(offer), _metas(None)
         assert (unreadable(fitting), unreadable(none)) == (set(), {0})
+        assert unreadable(without(fitting, [0])) == {0}
         smaller = Metas("c", (RankManifest(0, "far", "", (RegionMeta(7, ()),)),), (offer,))
         assert unreadable(smaller) == {0}
         assert unreadable(Metas.from_json(Manifest("c", fitting.ranks).to_json())) == {0}  # of a server that makes no offers

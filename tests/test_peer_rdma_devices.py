@@ -51,8 +51,10 @@ def test_nccl_syntax(text: str, wanted: list[str]) -> None:
 
 def test_ports_are_reported_as_ignored(caplog: pytest.LogCaptureFixture) -> None:
     assert match_nccl("=mlx5_0:1,mlx5_1", EIGHT) == ["mlx5_0", "mlx5_1"]
-    (record,) = caplog.records
-    assert "port 1 of mlx5_0 is ignored" in record.getMessage()
+    assert match_nccl("^=mlx5_0:1", EIGHT[:2]) == ["mlx5_1"]
+    used, left = (record.getMessage() for record in caplog.records)
+    assert "port 1 of mlx5_0 is ignored, the adapter is used as a whole" in used
+    assert "port 1 of mlx5_0 is ignored, the adapter is left out as a whole" in left
 
 
 @pytest.mark.parametrize("text", ["^", "=", "^=,", " , "])

@@ -43,6 +43,7 @@ class Settings:
     peer_transport   by which this process reads peers: "auto" (shm on one host, else tcp), "tcp", "shm", "mooncake" or "nixl";
                      the last two must be named on the source, too
     peer_wait        for peers to end their reads when their checkpoint is unregistered
+    holder_lease     REST: for another world that holds a checkpoint of this one to say again that it is there
     timelines        note when each stage was at work on which bucket; rank 0's report has it
     free_after_update  give ring, staging and communicator back after each update
     socket_dir       directory of the sockets a worker connects to; workers must see the same path
@@ -71,6 +72,7 @@ class Settings:
     peer_hosts: str = ""
     peer_transport: str = "auto"
     peer_wait: float = 30.0
+    holder_lease: float = 30.0
     timelines: bool = True
     free_after_update: bool = False
     socket_dir: Path = dataclasses.field(default_factory=default_socket_dir)
@@ -93,7 +95,7 @@ class Settings:
         for name, known in _CHOICES.items():
             if (chosen := getattr(self, name)) not in known:
                 raise SettingsError(f"{name} must be one of {', '.join(known)}, not {chosen!r}")
-        for name in ("timeout", "connect_timeout", "attach_timeout", "join_timeout", "peer_wait", "io_threads"):
+        for name in ("timeout", "connect_timeout", "attach_timeout", "join_timeout", "peer_wait", "holder_lease", "io_threads"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} must be positive, not {getattr(self, name)}")
 
@@ -154,6 +156,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "CHECKPOINT_ENGINE_PEER_HOSTS": ("peer_hosts", str),
     "CHECKPOINT_ENGINE_PEER_TRANSPORT": ("peer_transport", str),
     "CHECKPOINT_ENGINE_PEER_WAIT": ("peer_wait", float),
+    "CHECKPOINT_ENGINE_HOLDER_LEASE": ("holder_lease", float),
     "CHECKPOINT_ENGINE_TIMELINES": ("timelines", _flag),
     "CHECKPOINT_ENGINE_FREE_AFTER_UPDATE": ("free_after_update", _flag),
     "CHECKPOINT_ENGINE_SOCKET_DIR": ("socket_dir", Path),

@@ -22,6 +22,7 @@ from checkpoint_engine.http.control import control_routes
 from checkpoint_engine.http.director import Director
 from checkpoint_engine.http.examples import answers, mend_validation_errors
 from checkpoint_engine.http.guard import Guard
+from checkpoint_engine.http.holders import Holders, holder_routes
 from checkpoint_engine.http.metrics import CONTENT_TYPE, Metrics
 from checkpoint_engine.http.node import Node
 from checkpoint_engine.http.problems import problem_of, status_of
@@ -44,9 +45,11 @@ def create_app(
     token: str | None = None,
     control: tuple[str, int] | None = None,
     ceilings: Mapping[str, float] | None = None,
+    holder_lease: float = 30.0,
 ) -> FastAPI:
-    """The ASGI application around `node`. token, control: see Guard; ceilings: stage -> bytes per second."""
-    director = Director(node, ceilings or {})
+    """The ASGI application around `node`. token, control: see Guard; ceilings: stage -> bytes per second; holder_lease: seconds
+    for which another world that holds the same is listed."""
+    director, holders = Director(node, ceilings or {}), Holders(holder_lease)
     metrics = Metrics(director)
     node.tracker.ended = metrics.count
 
@@ -64,8 +67,10 @@ def create_app(
     )
     app.add_middleware(Guard, token=token, control=control, secret=lambda: node.secret)
     app.include_router(contract_routes(node))
-    for routes in (checkpoint_routes, update_routes, timeline_routes, fleet_routes):
+    for routes in (checkpoint_routes, update_routes, timeline_routes):
         app.include_router(routes(director))
+    for routed in (fleet_routes, holder_routes):
+        app.include_router(routed(director, holders))
     app.include_router(control_routes(node))
     _add_pages(app, director, metrics)
     _add_errors(app, node)

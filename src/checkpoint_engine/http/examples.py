@@ -95,6 +95,7 @@ MANIFEST = {
     "checkpoint": "step-12",
     "ranks": [{"rank": 0, "host": "gpu-1", "device": "GPU-0a1b", "regions": [[1024, [["w", "float32", [16, 16], 0, 12345]]]]}],
 }
+LEASE = {"seconds": 30.0, "listed": True, "reason": ""}
 WEIGHTS = {
     "workers": [{"rank": 0, "version": "step-12@0123456789ab", "dirty": False}],
     "engines": [{"endpoint": "http://127.0.0.1:30000", "version": "step-12@0123456789ab", "dirty": False, "error": None}],

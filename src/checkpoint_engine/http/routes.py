@@ -12,6 +12,7 @@ from fastapi.responses import StreamingResponse
 from checkpoint_engine.errors import SettingsError
 from checkpoint_engine.http import examples as x
 from checkpoint_engine.http.director import Director
+from checkpoint_engine.http.holders import Holders
 from checkpoint_engine.http.records import CheckpointDetail, CheckpointView, FleetView, TimelineView, UpdateRecord, WeightsView
 from checkpoint_engine.http.schemas import CheckpointBody, UpdateBody
 from checkpoint_engine.http.streams import follow_fleet, follow_update, shortened
@@ -22,7 +23,7 @@ EVENTS, JSON = "text/event-stream", "application/json"
 _EVENTS = 'event: update\ndata: {"id": "1-a1b2c3", "state": "updating"}\n\n'
 
 
-def fleet_routes(director: Director) -> APIRouter:
+def fleet_routes(director: Director, holders: Holders) -> APIRouter:
     routes = APIRouter(tags=["fleet"])
 
     @routes.get("/v1/fleet", response_model=FleetView, responses=x.answers(x.FLEET, errors=LEADS))
@@ -45,8 +46,9 @@ def fleet_routes(director: Director) -> APIRouter:
 
     @routes.get("/v1/manifest", responses=x.answers(x.MANIFEST, errors=(404,)))
     async def manifest(checkpoint: str | None = None) -> Response:
-        """Who holds what, as `Manifest.from_json` reads it: of a checkpoint, or the one that was gathered last."""
-        found = director.node.manifest(checkpoint)
+        """Who holds what, as `Manifest.from_json` reads it: of a checkpoint, or the one that was gathered last. Other worlds that
+        hold the same come behind this one's ranks."""
+        found = await asyncio.to_thread(holders.listed, director.node.manifest(checkpoint))
         return Response(await asyncio.to_thread(found.to_json), media_type="application/json")
 
     return routes

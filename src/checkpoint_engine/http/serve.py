@@ -58,7 +58,8 @@ def run(ps: ParameterServer, settings: Settings, options: Options, ready: Callab
         secret = secrets.token_hex(32) if ps.rank == LEADER else ""
         waits = {"join_seconds": settings.join_timeout}
         node = stack.enter_context(Node(ps, control_url=control_url, secret=secret, engines=options.engines, **waits))
-        app = create_app(node, token=options.token, control=control, ceilings=options.ceilings)
+        lease = settings.holder_lease
+        app = create_app(node, token=options.token, control=control, ceilings=options.ceilings, holder_lease=lease)
         _serve(app, node, listeners, lambda: ready(url) if url else None)
 
 

@@ -13,8 +13,10 @@ from typing import Self
 import torch
 
 from checkpoint_engine.errors import CheckpointBusyError, CheckpointError, CheckpointExistsError, CheckpointNotFoundError
+from checkpoint_engine.manifest import RegionMeta
 from checkpoint_engine.memory.checkpoint import HostCheckpoint, Progress, build
 from checkpoint_engine.memory.pool import Hook, RegionPool
+from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.settings import Settings
 
 
@@ -29,6 +31,14 @@ class _Entry:
     shared: bool
     checkpoint: HostCheckpoint | None = None
     users: int = 0
+
+
+@dataclass
+class Received:
+    """See Registry.receive. metas: what the regions hold."""
+
+    regions: tuple[HostRegion, ...]
+    metas: tuple[RegionMeta, ...] | None = None
 
 
 class Registry:
@@ -99,6 +109,31 @@ class Registry:
                 raise CheckpointExistsError(name)
             self._entries[name] = _Entry(shared)
             return self._entries[name]
+
+    @contextlib.contextmanager
+    def receive(self, name: str, sizes: Sequence[int]) -> Iterator[Received]:
+        """Memory for a checkpoint whose bytes come from elsewhere: regions of these sizes, with any contents.
+
+        It is registered at the end when `metas` were given by then; else, and when the block raises, the memory is given
+        back. Raises CheckpointExistsError, and CheckpointError when there is not enough memory.
+        """
+        entry = self._reserve(name, shared=False)
+        regions: list[HostRegion] = []
+        try:
+            regions = self._pool.acquire_all(sizes)
+            for region in regions:
+                self._pool.ready(region)
+            received = Received(tuple(regions))
+            yield received
+            with self._lock:
+                if received.metas is not None and not self._closed:
+                    entry.checkpoint = HostCheckpoint(name, regions, received.metas, self._pool)
+        finally:
+            if entry.checkpoint is None:
+                with self._lock:
+                    self._entries.pop(name, None)
+                for region in regions:  # not kept: a read that was given up may still write there
+                    self._pool.release(region, keep=False)
 
     def unregister(self, name: str, force: bool = False) -> None:
         """Forget a checkpoint. Its memory is given back, or kept if it was registered with use_shared_memory_pool.

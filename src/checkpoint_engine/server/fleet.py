@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -165,6 +166,20 @@ class Fleet(Closing):
         if self._links is not None:
             self._links.close()
         self._links = self._store = None
+
+
+class SubFleet(Fleet):
+    """Some ranks of a world as a world of their own; they meet at the world's store, and need no other rank of it."""
+
+    def __init__(self, world: Fleet, ranks: Sequence[int], settings: Settings) -> None:
+        super().__init__(ranks.index(world.rank), len(ranks), settings, None, None)
+        self._world, self._place = world, f"ranks/{'-'.join(map(str, ranks))}"
+
+    def _connect(self, *, is_master: bool) -> Store:
+        return dist.PrefixStore(self._place, self._world._connect(is_master=False))  # type: ignore[attr-defined]
+
+    def _master(self) -> tuple[str, int]:
+        return self._world._master()
 
 
 def _close_unclaimed(made: queue.SimpleQueue[Collective | BaseException]) -> None:

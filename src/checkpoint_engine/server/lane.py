@@ -119,6 +119,10 @@ class Lane(Closing):
         if self.collective is not None:
             self._stopped = self.collective.abandon(missing) and self._stopped
 
+    def spoil(self) -> None:
+        """Something that nobody waits for may still write to the ring: it is neither used again nor given back."""
+        self.damaged, self._stopped = True, False
+
     def close(self) -> None:
         self.lifting.close()
         self.sharing.close()

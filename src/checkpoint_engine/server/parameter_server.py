@@ -79,9 +79,9 @@ class ParameterServer:
         self._keeper = Keeper(self._fleet, self._device)
         self._sources = Sources(self._fleet, self._settings)
         parts = (self._fleet, self._device, self._keeper, self._gatherer, self._registry)
-        self._updater, self._receivers = Updater(*parts), Receivers(*parts, self._sources, self._settings)
-        self._updating = threading.Lock()
         self.watch = Watch(self._fleet, self._device, self._registry, self._keeper)
+        self._updater, self._receivers = Updater(*parts), Receivers(*parts, self._sources, self._settings, self.watch.follow)
+        self._updating = threading.Lock()
         self._p2p_store: object = self._sources  # callers set it to None: peers cannot read this rank then
 
     @property
@@ -185,6 +185,7 @@ class ParameterServer:
         version: str | None = None,
         progress: Callable[[int], None] | None = None,
         verify: str | None = None,
+        keep: bool = False,
     ) -> UpdateReport:
         """Collective: put the checkpoint into the engines of all ranks, or of `ranks`.
 
@@ -197,6 +198,7 @@ class ParameterServer:
         version   what the engines say they serve from then on; None: checkpoint name and 12 digits of its digest
         progress  called with the bytes of each bucket when it is complete on this rank
         verify    None: as Settings.verify, which says what it is. Tensors that changed fail the update in stage "verify"
+        keep      with ranks: what this rank reads stays registered, as its part of the checkpoint
 
         Returns after all workers on all ranks have committed. Raises UpdateError on every rank when it failed on any,
         UpdateInProgressError, CheckpointNotFoundError, AgreementError.
@@ -206,9 +208,9 @@ class ParameterServer:
         try:
             settings = self._settings if timeout is None else self._settings.replace(timeout=timeout.total_seconds())
             settings = settings.replace(verify=verify or settings.verify)
-            with self.watch.doing(checkpoint_name, version, rollout=False) as outcome:
+            with self.watch.doing(checkpoint_name, version, rollout=False, apart=bool(ranks)) as outcome:
                 what = (checkpoint_name, req_func, settings, version, self.watch.moved(progress))
-                return outcome.keep(self._receivers.update(*what, ranks) if ranks else self._updater.update(*what))
+                return outcome.keep(self._receivers.update(*what, ranks, keep) if ranks else self._updater.update(*what))
         finally:
             try:
                 self._end_default_group()
@@ -232,20 +234,21 @@ class ParameterServer:
         progress: Callable[[int], None] | None = None,
         read: bool = False,
         verify: str | None = None,
+        keep: bool = False,
     ) -> RolloutReport:
         """Collective: `update` of these engines, with all that belongs around it (pause, reset the cache, publish, resume).
 
-        Engine i serves ranks [i*K, (i+1)*K), K = world size / number of engines. policy: how they are paused, and what follows
-        a failure; None: Policy(), which pauses none and goes on without none. read: from the peers that the metas name, as
-        `update` with all ranks. All other arguments as for `update`, after gather_metas of the same checkpoint. Raises what
-        `update` raises, EngineError, and ReplicaError for another rank's engine; the error's notes say which engines need
+        Engine i serves ranks [i*K, (i+1)*K), K = world size / number of engines. policy: how they are paused, and what follows a
+        failure; None: Policy(), which pauses none and goes on without none. read: from the peers that the metas name, as `update`
+        with all ranks; keep: as there. All other arguments as for `update`, after gather_metas of the same checkpoint. Raises
+        what `update` raises, EngineError, and ReplicaError for another rank's engine; the error's notes say which engines need
         their operator.
         """
         version = version or self.get_metas().version
         seconds = timeout.total_seconds() if timeout else self._settings.timeout
         rollout = Rollout(self._fleet.links, engines, policy or Policy(), seconds, self._settings.join_timeout)
         options: dict[str, Any] = {"timeout": timeout, "version": version, "progress": progress, "verify": verify}
-        options["ranks"] = range(self._world_size) if read else None
+        options |= {"ranks": range(self._world_size), "keep": keep} if read else {}
         with self.watch.doing(checkpoint_name, version, rollout=True) as outcome:
             return outcome.keep(rollout.run(lambda request: self.update(checkpoint_name, request, **options), version))
 
@@ -281,11 +284,8 @@ class ParameterServer:
     def close(self) -> None:
         """Give everything back: device memory, checkpoints, links. The default group stays the caller's."""
         with contextlib.ExitStack() as stack:  # each, whatever the others raise
-            stack.callback(self._fleet.close)
-            stack.callback(self._registry.close)
-            stack.callback(self._keeper.close)
-            stack.callback(self._receivers.close)
-            stack.callback(self._sources.close)
+            for part in (self._fleet, self._registry, self._keeper, self._receivers, self._sources):
+                stack.callback(part.close)
 
     def __enter__(self) -> Self:
         return self

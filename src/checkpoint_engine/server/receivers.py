@@ -7,10 +7,9 @@ import dataclasses
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import msgspec
-import torch.distributed as dist
 
 from checkpoint_engine.devices.base import Closing, Device
 from checkpoint_engine.errors import AgreementError, CheckpointEngineError, SettingsError, UpdateError
@@ -18,24 +17,24 @@ from checkpoint_engine.manifest import Manifest, RankManifest, hex_digest
 from checkpoint_engine.memory.registry import Registry
 from checkpoint_engine.planning.peers import Assigned, FetchPlan, Receiver, as_manifest, plan_fetch
 from checkpoint_engine.planning.plan import Plan
-from checkpoint_engine.server.fetch import Feed, FetchPass
-from checkpoint_engine.server.fleet import Fleet
+from checkpoint_engine.server.fetch import READERS, Feed, FetchPass
+from checkpoint_engine.server.fleet import Fleet, SubFleet
 from checkpoint_engine.server.gather import Gatherer, Part, agreed_sizes, make_plan
 from checkpoint_engine.server.keeper import Keeper
+from checkpoint_engine.server.landing import Landing
 from checkpoint_engine.server.report import UpdateReport
+from checkpoint_engine.server.slots import Slot
 from checkpoint_engine.server.sources import RDMA, Metas, Sources, peer_options
-from checkpoint_engine.server.supply import Supply, nics_of, unreadable
+from checkpoint_engine.server.supply import Supply, Transports, nics_of, unreadable
 from checkpoint_engine.server.update import RequestFunction
 from checkpoint_engine.server.updater import Prepared, Updater
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.descriptors import whereabouts
+from checkpoint_engine.transport.links import Links
 from checkpoint_engine.transport.peer.base import choose
 
-if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
-
-SLOTS = 4
-"""Pieces that a rank reads ahead of lifting them."""
+SLOTS = READERS
+"""Pieces that a rank reads ahead of lifting them, where they do not stay."""
 
 
 class _Bid(msgspec.Struct, frozen=True, array_like=True):
@@ -64,22 +63,8 @@ class _Agreed(NamedTuple):
     by: str
 
 
-class SubFleet(Fleet):
-    """Some ranks of a world as a world of their own; they meet at the world's store, and need no other rank of it."""
-
-    def __init__(self, world: Fleet, ranks: Sequence[int], settings: Settings) -> None:
-        super().__init__(ranks.index(world.rank), len(ranks), settings, None, None)
-        self._world, self._place = world, f"ranks/{'-'.join(map(str, ranks))}"
-
-    def _connect(self, *, is_master: bool) -> Store:
-        return dist.PrefixStore(self._place, self._world._connect(is_master=False))  # type: ignore[attr-defined]
-
-    def _master(self) -> tuple[str, int]:
-        return self._world._master()
-
-
 class Receivers(Closing):
-    """Runs updates with `ranks`, and keeps what each such set of ranks shares: links, lane, communicator."""
+    """Runs updates with `ranks`, and keeps transports, and what each such set of ranks shares: links, lane, communicator."""
 
     def __init__(
         self,
@@ -90,12 +75,15 @@ class Receivers(Closing):
         registry: Registry,
         sources: Sources,
         settings: Settings,
+        begins: Callable[[Links], None],
     ) -> None:
+        """begins: called when all agree, with the links over which the update runs from their next round on."""
         self._fleet, self._device, self._settings = fleet, device, settings
-        self._parts = (gatherer, registry, sources)
-        everybody = FetchUpdater(fleet, device, keeper, *self._parts)
-        self._updaters: dict[tuple[int, ...], FetchUpdater] = {tuple(range(fleet.world_size)): everybody}
         self._owned = contextlib.ExitStack()
+        transports = self._owned.enter_context(Transports(lambda: peer_options(settings, sources.address)))
+        self._parts = (gatherer, registry, sources, transports, begins)
+        everybody = tuple(range(fleet.world_size))
+        self._updaters = {everybody: FetchUpdater(fleet, device, keeper, *self._parts, everybody)}
 
     def update(
         self,
@@ -105,6 +93,7 @@ class Receivers(Closing):
         version: str | None,
         progress: Callable[[int], None] | None,
         ranks: Sequence[int],
+        keep: bool,
     ) -> UpdateReport:
         """See ParameterServer.update. On a rank that is not in `ranks`: nothing, and an empty report."""
         chosen, world_size = tuple(sorted(set(ranks))), self._fleet.world_size
@@ -115,14 +104,14 @@ class Receivers(Closing):
         if chosen not in self._updaters:
             fleet = self._owned.enter_context(SubFleet(self._fleet, chosen, self._settings))
             keeper = self._owned.enter_context(Keeper(fleet, self._device))
-            self._updaters[chosen] = FetchUpdater(fleet, self._device, keeper, *self._parts)
+            self._updaters[chosen] = FetchUpdater(fleet, self._device, keeper, *self._parts, chosen)
 
         def ask(handles: list[tuple[str, str]]) -> object:
             places = dict(zip(chosen, handles, strict=True))
             return req_func([places.get(rank, ("", "")) for rank in range(world_size)])
 
         try:
-            return self._updaters[chosen].fetch(name, ask, settings, version, progress)
+            return self._updaters[chosen].fetch(name, ask, settings, version, progress, keep)
         except UpdateError as e:  # by its rank in the world
             rank, found = chosen[e.rank], e
         raise UpdateError(rank=rank, host=found.host, stage=found.stage, reason=found.reason, dirty=found.dirty) from found
@@ -136,11 +125,23 @@ class FetchUpdater(Updater):
     """Updates all ranks of `fleet` with what they read from the sources that the metas name."""
 
     def __init__(
-        self, fleet: Fleet, device: Device, keeper: Keeper, gatherer: Gatherer, registry: Registry, sources: Sources
+        self,
+        fleet: Fleet,
+        device: Device,
+        keeper: Keeper,
+        gatherer: Gatherer,
+        registry: Registry,
+        sources: Sources,
+        transports: Transports,
+        begins: Callable[[Links], None],
+        ranks: Sequence[int],
     ) -> None:
+        """ranks: of the receivers in their world, for messages."""
         super().__init__(fleet, device, keeper, gatherer, registry)
-        self._sources = sources
+        self._sources, self._transports, self._begins, self._ranks = sources, transports, begins, ranks
         self._agreed: _Agreed | None = None
+        self._keeping = False
+        self._landing: tuple[Landing, tuple[Slot, ...]] | None = None
 
     def fetch(
         self,
@@ -149,14 +150,25 @@ class FetchUpdater(Updater):
         settings: Settings,
         version: str | None,
         progress: Callable[[int], None] | None,
+        keep: bool,
     ) -> UpdateReport:
-        """Collective of the receivers. Raises as Updater.update, and ManifestError when nobody offers what is needed."""
+        """Collective of the receivers. Raises as Updater.update, and ManifestError when nobody offers what is needed.
+
+        keep: what this rank reads stays, as its part of the checkpoint.
+        """
         settings = settings.replace(method="broadcast")
         self._agreed = agreed = self._agree(name, settings)
+        self._keeping = keep
+        self._begins(self._fleet.links)
         try:
             report = self.update(name, req_func, settings, version, progress)
+            if self._landing is not None:
+                landing, slots = self._landing
+                landing.keep(slots)
         finally:
-            self._agreed = None
+            if self._landing is not None:
+                self._landing[0].close()
+            self._agreed = self._landing = None
         return dataclasses.replace(report, method=f"p2p ({agreed.by})" if agreed.by else "p2p")
 
     # --- agreement -----------------------------------------------------------------------------------------------------
@@ -181,11 +193,13 @@ class FetchUpdater(Updater):
         metas, mine = self._bid(name, settings)
         payloads = self._fleet.links.exchange("update of some ranks", msgspec.msgpack.encode(mine), settings.join_timeout)
         bids = [msgspec.msgpack.decode(payload, type=_Bid) for payload in payloads]
-        for rank, bid in enumerate(bids):
+        for rank, bid in zip(self._ranks, bids, strict=True):
             if bid.error:
                 raise AgreementError(f"receiver {rank} ({bid.host}) cannot take part in the update: {bid.error}")
             if (bid.part.checkpoint, bid.part.manifest) != (bids[0].part.checkpoint, bids[0].part.manifest):
-                raise AgreementError(f"receivers 0 and {rank} ({bid.host}) want other checkpoints, or loaded other metas")
+                raise AgreementError(
+                    f"receivers {self._ranks[0]} and {rank} ({bid.host}) want other checkpoints, or loaded other metas"
+                )
         if metas is None:
             raise AgreementError("this rank has no metas")
         # Receivers that the manifest does not know have numbers behind its ranks.
@@ -211,26 +225,41 @@ class FetchUpdater(Updater):
         own_regions = self._use(stack, name, agreed.metas.ranks[me].regions) if member else ()
         plan = agreed.plan
         self._keeper.prepare(plan)
-        pieces = sum(piece.owner == self._fleet.rank for bucket in plan.buckets for piece in bucket.pieces)
-        address = self._sources.address
         supply = stack.enter_context(
             Supply(
-                self._device,
                 agreed.metas,
                 agreed.reads,
                 agreed.group,
                 agreed.kinds,
-                peer_options(settings, address),
-                slots=min(SLOTS, pieces),
-                slot_bytes=plan.piece_bytes,
-                connect_seconds=settings.connect_timeout,
+                self._transports,
+                self._slots(name, agreed),
+                settings.connect_timeout,
             )
         )
         own = {number: region for number, (rank, region) in enumerate(agreed.sources) if rank == me}
-        feed = Feed(supply, agreed.stream.ranks[self._fleet.rank].regions, own, settings.connect_timeout)
+        into_ring = self._device if self._into_ring(agreed) else None
+        feed = Feed(supply, agreed.stream.ranks[self._fleet.rank].regions, own, settings.connect_timeout, into_ring)
         self._make_pass = partial(FetchPass, feed)
-        regions = (*(slot.region for slot in supply.slots), *own_regions)
-        return Prepared(agreed.metas, plan, regions, None, supply.sources_of)
+        return Prepared(agreed.metas, plan, (*supply.slots, *own_regions), None, supply.sources_of)
+
+    def _slots(self, name: str, agreed: _Agreed) -> tuple[Slot, ...]:
+        """A few, which are used again and again; one for each piece, when what is read shall stay; none to read into the ring."""
+        rank, plan = self._fleet.rank, agreed.plan
+        if self._into_ring(agreed):
+            return ()
+        if not self._keeping:
+            pieces = sum(piece.owner == rank for bucket in plan.buckets for piece in bucket.pieces)
+            return tuple(Slot(self._device, plan.piece_bytes) for _ in range(min(SLOTS, pieces)))
+        reads = [tensor for region in agreed.stream.ranks[rank].regions for tensor in region.tensors]
+        landing = Landing(self._registry, name, plan, rank, reads)
+        slots = tuple(Slot(self._device, place.nbytes, place) for place in landing.places)
+        self._landing = landing, slots
+        return slots
+
+    def _into_ring(self, agreed: _Agreed) -> bool:
+        """On a CPU, by transports that are known to write nothing late."""
+        quiescing = set(agreed.kinds.values()) <= {"tcp", "shm"}
+        return self._device.kind == "cpu" and not self._device.staging_slots and quiescing and not self._keeping
 
     def _ring_bytes(self, name: str) -> int:
         return self._agreed.ring_bytes if self._agreed is not None else 0

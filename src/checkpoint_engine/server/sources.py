@@ -33,6 +33,11 @@ class Metas(Manifest, frozen=True, dict=True):
 
     offers: tuple[PeerOffer | None, ...] = ()
 
+    @property
+    def distinct_bytes(self) -> int:
+        """Of all tensors, each once, however many ranks hold it."""
+        return sum({t.name: t.nbytes for rank in self.ranks for region in rank.regions for t in region.tensors}.values())
+
     def check(self) -> None:
         """Raises ManifestError when nobody can be read by it: it may come from a file."""
         if not any(self.offers):

@@ -7,26 +7,25 @@ import collections
 import contextlib
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from checkpoint_engine.devices.base import Closing, Device
+from checkpoint_engine.devices.base import Closing
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineError,
     ManifestError,
     PeerLostError,
     ProtocolError,
-    QuarantineError,
     RegionGoneError,
     TransferError,
 )
 from checkpoint_engine.manifest import TensorMeta
-from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.planning.peers import FetchPlan, Receiver, replace_sources
 from checkpoint_engine.planning.plan import ALIGNMENT
+from checkpoint_engine.server.slots import Slot
 from checkpoint_engine.server.sources import Metas
-from checkpoint_engine.transport.peer.base import Destination, Peer, PeerOffer, PeerOptions, PeerTransport, ReadOp, open_transport
+from checkpoint_engine.transport.peer.base import Peer, PeerOffer, PeerOptions, PeerTransport, ReadOp, open_transport
 from checkpoint_engine.transport.peer.reading import Read
 
 log = logging.getLogger(__name__)
@@ -69,44 +68,6 @@ def join_ops(ops: Iterable[ReadOp]) -> list[ReadOp]:
     return joined
 
 
-class Slot(Closing):
-    """Host memory that pieces are read into, and the device copies from; `region` is another one after `renew`."""
-
-    def __init__(self, device: Device, nbytes: int) -> None:
-        """Raises CheckpointError or ManifestError when there is no memory for it."""
-        self._device, self._nbytes = device, nbytes
-        self._destinations: dict[str, tuple[PeerTransport, Destination]] = {}
-        self._take()
-
-    def _take(self) -> None:
-        self.region = HostRegion(self._nbytes)
-        self._registered = self._device.register_host(self.region.tensor)
-
-    def destination(self, transport: PeerTransport) -> Destination:
-        if transport.kind not in self._destinations:
-            self._destinations[transport.kind] = transport, transport.register(self.region.tensor)
-        return self._destinations[transport.kind][1]
-
-    @property
-    def quarantined(self) -> bool:
-        return any(destination.quarantined for _, destination in self._destinations.values())
-
-    def renew(self) -> None:
-        """Other memory: this one may still be written to, and is left to its reads."""
-        self.close()
-        self._take()
-
-    def close(self) -> None:
-        for transport, destination in self._destinations.values():
-            try:
-                transport.unregister(destination)
-            except (QuarantineError, TransferError) as e:  # its reads keep it alive
-                log.warning("%d bytes of host memory are left in quarantine: %s", self._nbytes, e)
-        self._destinations.clear()
-        self._registered.close()
-        self.region.close()
-
-
 class _Connection:
     """delivered: whether any read through it came to a good end. closed: no thread may use it any more."""
 
@@ -121,27 +82,45 @@ class _Connection:
             self.peer.close()
 
 
+class Transports(Closing):
+    """By kind, opened when first needed and kept: engines take seconds to start."""
+
+    def __init__(self, options: Callable[[], PeerOptions]) -> None:
+        self._options = options
+        self._opened: dict[str, PeerTransport] = {}
+        self._owned = contextlib.ExitStack()
+
+    def get(self, kind: str) -> PeerTransport:
+        """Raises SettingsError when it is not installed."""
+        if kind not in self._opened:
+            self._opened[kind] = self._owned.enter_context(open_transport(kind, self._options()))
+        return self._opened[kind]
+
+    def close(self) -> None:
+        self._owned.close()
+        self._opened.clear()
+
+
 class Supply(Closing):
-    """Reads wants into slots, from whoever holds them. Threads share it. Owns connections, transports and slots.
+    """Reads wants into slots, from whoever holds them. Threads share it. Owns its connections, and the slots.
 
     group: as in `plan`, whose only group it is. kinds: rank of a source -> transport to read it by.
     """
 
     def __init__(
         self,
-        device: Device,
         metas: Metas,
         plan: FetchPlan,
         group: Sequence[Receiver],
         kinds: dict[int, str],
-        options: PeerOptions,
-        slots: int,
-        slot_bytes: int,
+        transports: Transports,
+        slots: Sequence[Slot],
         connect_seconds: float,
     ) -> None:
-        """Raises SettingsError when a transport is not installed, and what Slot raises."""
+        """Raises SettingsError when a transport is not installed."""
         self._metas, self._plan, self._group, self._kinds = metas, plan, group, kinds
         self._connect_seconds = connect_seconds
+        self.slots = tuple(slots)
         self._lock = threading.Lock()
         self._connections: dict[Way, _Connection] = {}
         self._lost: dict[int, CheckpointEngineError] = {}
@@ -150,8 +129,9 @@ class Supply(Closing):
         self.stopped = False
         self._place()
         with contextlib.ExitStack() as stack:
-            self._transports = {kind: stack.enter_context(open_transport(kind, options)) for kind in sorted(set(kinds.values()))}
-            self.slots = [stack.enter_context(Slot(device, slot_bytes)) for _ in range(slots)]
+            for slot in slots:
+                stack.enter_context(slot)
+            self._transports = {kind: transports.get(kind) for kind in sorted(set(kinds.values()))}
             self._owned = stack.pop_all()
 
     def _place(self) -> None:

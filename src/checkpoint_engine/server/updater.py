@@ -8,9 +8,10 @@ import socket
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
+import torch
 
 from checkpoint_engine.devices.base import Device
 from checkpoint_engine.devices.polling import poll
@@ -43,13 +44,20 @@ log = logging.getLogger(__name__)
 PAGE = 4096
 
 
+class HostMemory(Protocol):
+    """What pieces are lifted from: regions, or slots that were read into."""
+
+    @property
+    def tensor(self) -> torch.Tensor: ...
+
+
 class Prepared(NamedTuple):
     """What an update needs of this rank. shared: the regions as other ranks may open them; None: they may not. sources: which
     ranks of the manifest a tensor's bytes come from; None: those that the plan names."""
 
     manifest: Manifest
     plan: Plan
-    regions: tuple[HostRegion, ...]
+    regions: tuple[HostMemory, ...]
     shared: tuple[SharedDescriptor, ...] | None
     sources: Callable[[str], tuple[int, ...]] | None = None
 

@@ -19,6 +19,7 @@ from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.keeper import Keeper
 from checkpoint_engine.server.report import UpdateReport
 from checkpoint_engine.server.rollout import RolloutReport
+from checkpoint_engine.transport.links import Links
 from checkpoint_engine.transport.messages import Failure
 
 log = logging.getLogger(__name__)
@@ -90,17 +91,20 @@ class Watch:
         self.observers: list[Observer] = []
         self._lock = threading.Lock()
         self._depth = 0
-        self._number: int | None = None  # of the update that runs
+        self._running: tuple[Links, int] | None = None  # the update that runs: its links and its number on them
         self._reason: str | None = None  # why it is to end
 
     @contextlib.contextmanager
-    def doing(self, checkpoint: str, version: str | None, *, rollout: bool) -> Iterator[Outcome]:
-        """While an update or a rollout runs; its report goes into what is yielded."""
+    def doing(self, checkpoint: str, version: str | None, *, rollout: bool, apart: bool = False) -> Iterator[Outcome]:
+        """While an update or a rollout runs; its report goes into what is yielded. apart: `follow` says over which links."""
         outcome = Outcome()
         error: BaseException | None = None
         self._tell(Started(checkpoint, version, rollout))
         try:
-            self._enter(rollout)
+            with self._lock:
+                self._depth += 1
+            if not rollout and not apart:
+                self.follow(self._fleet.links)
             yield outcome
         except BaseException as e:
             error = e
@@ -109,21 +113,17 @@ class Watch:
             with self._lock:
                 self._depth -= 1
                 if not rollout:
-                    self._number = None
+                    self._running = None
                 if self._depth == 0:
                     self._reason = None
             self._tell(Ended(outcome.value, error, rollout))
 
-    def _enter(self, rollout: bool) -> None:
+    def follow(self, links: Links) -> None:
+        """The update that runs begins with the next round of these links."""
         with self._lock:
-            self._depth += 1
-            if rollout:
-                return
-        number = self._fleet.links.next_round
-        with self._lock:
-            self._number, reason = number, self._reason
+            self._running, reason = (links, links.next_round), self._reason
         if reason is not None:
-            self._end(number, reason)
+            self._end(*self._running, reason)
 
     def moved(self, then: Callable[[int], None] | None) -> Callable[[int], None]:
         """A `progress` function that tells the observers, and `then`."""
@@ -143,13 +143,12 @@ class Watch:
         with self._lock:
             if self._depth == 0:
                 return False
-            self._reason, number = reason, self._number
-        if number is not None:
-            self._end(number, reason)
+            self._reason, running = reason, self._running
+        if running is not None:
+            self._end(*running, reason)
         return True
 
-    def _end(self, number: int, reason: str) -> None:
-        links = self._fleet.links
+    def _end(self, links: Links, number: int, reason: str) -> None:
         links.tell(Failure(number, links.rank, socket.gethostname(), CANCELLED, reason))
 
     def _tell(self, event: Event) -> None:

@@ -50,6 +50,7 @@ class Asker:
     answers  version -> the different answers that this version gave, each with how often
     failures what went wrong, in words
     gaps     seconds from each answer to the next
+    ends     when each answer came, on time.monotonic
     """
 
     def __init__(self, url: str, kind: str, inputs: list[Any]) -> None:
@@ -57,6 +58,7 @@ class Asker:
         self.answers: dict[str | None, Counter[str]] = {}
         self.failures: list[str] = []
         self.gaps: list[float] = []
+        self.ends: list[float] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._main, name=f"ask {url}", daemon=True)
 
@@ -72,6 +74,7 @@ class Asker:
                     continue
                 now = time.monotonic()
                 self.gaps.append(now - last)
+                self.ends.append(now)
                 last = now
                 self.answers.setdefault(version, Counter())[repr(answer)] += 1
 
@@ -83,6 +86,10 @@ class Asker:
         self._stop.set()
         # Left by an error, the engine may be gone; then the thread, a daemon, is left to its own deadline.
         self._thread.join(_REQUEST_SECONDS if error is None else 0.5)
+
+    def between(self, start: float, end: float) -> list[float]:
+        """Seconds that answers took which were under way in that time, whole or in part."""
+        return [gap for gap, at in zip(self.gaps, self.ends, strict=False) if at > start and at - gap < end]
 
     def summary(self, right: dict[str, list[Any]]) -> dict[str, Any]:
         """answered, failed, longest_gap and median_gap (seconds), by_version (answers), mixed (versions that gave more than

@@ -25,10 +25,11 @@ ENGINES = 2
 _LISTENING = "listening on "
 
 
-def run(directory: Path, seconds: float, console: Console) -> dict[str, Any]:
+def run(directory: Path, seconds: float, console: Console, method: str = "broadcast") -> dict[str, Any]:
     """Everything `show` prints and --json gives; "ok" says whether all was right.
 
-    seconds: for each wait. Raises the typed error of whatever went wrong otherwise; no process is left in either case.
+    seconds: for each wait. method: "p2p": a third engine joins.
+    Raises the typed error of whatever went wrong otherwise; no process is left in either case.
     """
     directory = directory.resolve()
     checkpoint_files(directory)
@@ -38,9 +39,12 @@ def run(directory: Path, seconds: float, console: Console) -> dict[str, Any]:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ckpt-demo-")))
         fleet = stack.enter_context(Fleet(scratch))
-        line(console, f"starting {ENGINES} engines with random weights and {ENGINES} parameter servers")
-        engines = [_start_engine(fleet, i, directory) for i in range(ENGINES)]
+        count = ENGINES + (method == "p2p")
+        line(console, f"starting {count} engines with random weights and {count} parameter servers")
+        engines = [_start_engine(fleet, i, directory) for i in range(count)]
         tensors = read_checkpoint(directory)
+        if method == "p2p":
+            return _join(stack, fleet, engines, tensors, directory, scratch, seconds, console)
         perturbed = {name: perturb(name, tensor) for name, tensor in tensors.items()}
         references = {"real": Reference(directory, tensors, True), "perturbed": Reference(directory, perturbed, False)}
         end = time.monotonic() + seconds
@@ -48,6 +52,30 @@ def run(directory: Path, seconds: float, console: Console) -> dict[str, Any]:
         servers = _start_servers(fleet, directory, urls, seconds)
         client = stack.enter_context(http_client())
         return _course(client, urls, servers, references, tensors, directory, seconds, console)
+
+
+def _join(
+    stack: ExitStack,
+    fleet: Fleet,
+    engines: list[Child],
+    tensors: dict[str, torch.Tensor],
+    directory: Path,
+    scratch: Path,
+    seconds: float,
+    console: Console,
+) -> dict[str, Any]:
+    from checkpoint_engine.cli.demo.joining import join_course  # which imports this module
+
+    real = Reference(directory, tensors, True)
+    end = time.monotonic() + seconds
+    urls = [_url(child, end - time.monotonic()) for child in engines]
+    servers = _start_servers(fleet, directory, urls[:ENGINES], seconds)
+    # Over TCP, though all are on one host: another host's engine would come that way.
+    (joiner,) = _start_servers(fleet, directory, urls[ENGINES:], seconds, "joining server", "tcp")
+    client = stack.enter_context(http_client())
+    result = join_course(client, urls, servers, joiner, real, scratch, seconds, console)
+    about = {"checkpoint": str(directory), "tensors": len(tensors), "nbytes": _nbytes(tensors), "kind": real.kind}
+    return {**about, "method": "p2p", **result}
 
 
 def _course(
@@ -67,7 +95,7 @@ def _course(
         askers = [asking.enter_context(Asker(url, real.kind, real.inputs)) for url in urls]
         for name, reference in references.items():
             line(console, f"updating both engines: {name} weights, {size(_nbytes(tensors))}")
-            answers = _update(servers, name, seconds)
+            answers = update_pair(servers, name, seconds)
             updates.append(
                 {
                     "version": name,
@@ -84,6 +112,7 @@ def _course(
     asked = all(c["answered"] and not c["failed"] and not c["mixed"] for c in clients)
     return {
         "ok": equal and asked,
+        "method": "broadcast",
         "checkpoint": str(directory),
         "tensors": len(tensors),
         "nbytes": _nbytes(tensors),
@@ -113,26 +142,29 @@ def _url(engine: Child, seconds: float) -> str:
     return said.removeprefix(_LISTENING)
 
 
-def _start_servers(fleet: Fleet, directory: Path, urls: list[str], seconds: float) -> list[Child]:
+def _start_servers(
+    fleet: Fleet, directory: Path, urls: list[str], seconds: float, name: str = "parameter server", transport: str = "auto"
+) -> list[Child]:
+    """A world with a rank for each engine. transport: by which it reads peers."""
     port = free_port_pair()
     servers = []
-    for rank in range(ENGINES):
+    for rank in range(len(urls)):
         arguments = {
-            "rank": rank, "world_size": ENGINES, "master_port": port,
-            "urls": urls, "checkpoint": str(directory), "seconds": seconds,
+            "rank": rank, "world_size": len(urls), "master_port": port,
+            "urls": urls, "checkpoint": str(directory), "seconds": seconds, "peer_transport": transport,
         }  # fmt: skip
-        servers.append(fleet.start(f"parameter server {rank}", "checkpoint_engine.cli.demo.server", json.dumps(arguments)))
-    _gather(servers, seconds, "to start")
+        servers.append(fleet.start(f"{name} {rank}", "checkpoint_engine.cli.demo.server", json.dumps(arguments)))
+    gather(servers, seconds, "to start")
     return servers
 
 
-def _update(servers: list[Child], name: str, seconds: float) -> list[dict[str, Any]]:
+def update_pair(servers: list[Child], name: str, seconds: float) -> list[dict[str, Any]]:
     for server in servers:
         server.send({"name": name, "perturbed": name == "perturbed"})
-    return _gather(servers, seconds + 10, f"to update to {name}")
+    return gather(servers, seconds + 10, f"to update to {name}")
 
 
-def _gather(servers: list[Child], seconds: float, what: str) -> list[dict[str, Any]]:
+def gather(servers: list[Child], seconds: float, what: str) -> list[dict[str, Any]]:
     """One answer of each. Raises CheckpointEngineError with what any of them says went wrong."""
     end = time.monotonic() + seconds
     answers = []

@@ -8,12 +8,17 @@ from rich.console import Console
 
 from checkpoint_engine.cli.progress import line, size, speed, table
 
+_STAGES = ["stage", "bytes", "seconds", "speed"]
+
 
 def show(result: dict[str, Any], console: Console) -> None:
     line(console, f"{result['checkpoint']}: {result['tensors']} tensors, {size(result['nbytes'])}")
     for update in result["updates"]:
         _show_stages(update, console)
-    _show_answers(result, console)
+    if result["method"] == "p2p":
+        _show_joins(result["joins"], console)
+    else:
+        _show_answers(result, console)
     _show_clients(result, console)
     _show_equality(result, console)
     line(console, "all equal, no request failed" if result["ok"] else "NOT as it should be: see above")
@@ -24,8 +29,29 @@ def _show_stages(update: dict[str, Any], console: Console) -> None:
     done = [("register", report["nbytes"], update["registered"])]
     done += [(name, stage["nbytes"], stage["seconds"]) for name, stage in report["stages"].items()]
     done.append(("whole update", report["nbytes"], report["seconds"]))
-    rows = [[name, size(nbytes), f"{seconds:.3f} s", speed(nbytes, seconds)] for name, nbytes, seconds in done]
-    table(console, f"Update to {update['version']}", ["stage", "bytes", "seconds", "speed"], rows, numbers=3)
+    rows = [_row(*each) for each in done]
+    table(console, f"Update to {update['version']}", _STAGES, rows, numbers=3)
+
+
+def _row(name: str, nbytes: int, seconds: float) -> list[str]:
+    return [name, size(nbytes), f"{seconds:.3f} s", speed(nbytes, seconds)]
+
+
+def _show_joins(joins: dict[str, Any], console: Console) -> None:
+    report, before, during = joins["report"], joins["before"], joins["during"]
+    rows = [_row(name, stage["nbytes"], stage["seconds"]) for name, stage in report["stages"].items()]
+    rows.append(_row("whole join", report["nbytes"], report["seconds"]))
+    table(console, f"First join, by {report['method']}", _STAGES, rows, numbers=3)
+    rows = [
+        [name, str(found["count"]), f"{found['median'] * 1e3:.1f} ms", f"{found['p99'] * 1e3:.1f} ms"]
+        for name, found in (("before", before), (f"during {joins['count']} joins", during))
+    ]
+    table(console, "Answers of the pair", ["", "answers", "median", "99th percentile"], rows, numbers=3)
+    ratio = during["p99"] / before["p99"] if before["p99"] else 0.0
+    about = f"goal: {joins['goal']}; {joins['cores']} cores for all of this"
+    line(console, f"99th percentile during against before: {ratio:.2f} ({about})")
+    cpu = ", ".join(f"{seconds:.2f} s" for seconds in joins["source_cpu_seconds"])
+    line(console, f"processor time of the pair's servers for {joins['count']} joins: {cpu}")
 
 
 def _show_answers(result: dict[str, Any], console: Console) -> None:
@@ -64,7 +90,7 @@ def _show_equality(result: dict[str, Any], console: Console) -> None:
             "equal" if e["version_equal"] else "DIFFERENT",
         ]
         for update in result["updates"]
-        for i, e in enumerate(update["engines"])
+        for i, e in enumerate(update.get("engines", result.get("engines", ())))
     ]  # fmt: skip
     columns = ["engine", "update", "parameters, bit for bit", "answers, exactly", "version"]
     table(console, "Engines against transformers with the same checkpoint", columns, rows, numbers=0)

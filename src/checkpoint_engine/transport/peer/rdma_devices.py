@@ -57,7 +57,8 @@ def match_nccl(text: str, there: Sequence[str]) -> list[str]:
     for item in filter(None, (part.strip() for part in rest.split(","))):
         name, colon, port = item.partition(":")
         if colon:
-            log.warning("%s=%s: port %s of %s is ignored, the adapter is used as a whole", NCCL, text, port, name)
+            whole = "left out" if exclude else "used"
+            log.warning("%s=%s: port %s of %s is ignored, the adapter is %s as a whole", NCCL, text, port, name, whole)
         names.append(name)
     if not names:
         raise SettingsError(f"{NCCL}={text!r} names no adapter")
