@@ -77,8 +77,13 @@ def join(
     from checkpoint_engine.engines import Policy, get_engine
 
     metas = read_metas(source, name)
-    limits = {"ready_seconds": wait, "call_seconds": timeout}
-    policy = Policy(pause=pause, resume_dirty=resume_dirty, on_replica_failure=on_replica_failure, **limits)
+    policy = Policy(
+        pause=pause,
+        resume_dirty=resume_dirty,
+        on_replica_failure=on_replica_failure,
+        ready_seconds=wait,
+        call_seconds=timeout,
+    )
     with ExitStack() as stack, notes(rank):
         engines = [stack.enter_context(get_engine(engine, url, path, token)) for url, path in sockets(endpoint, uds)]
         report = _join(console, rank, world_size, metas, engines, policy, weight_version, timeout)

@@ -13,7 +13,7 @@ from typing import Self
 import msgspec
 
 from checkpoint_engine.engines.base import Engine, PauseMode, get_engine
-from checkpoint_engine.engines.rollout import FailurePolicy, Policy
+from checkpoint_engine.engines.rollout import FailurePolicy, OnFailure, Policy
 from checkpoint_engine.http.records import Problem
 from checkpoint_engine.memory.safetensors import checkpoint_files
 from checkpoint_engine.ps import ParameterServer
@@ -61,6 +61,7 @@ class RollOut(msgspec.Struct, frozen=True, tag=True):
     on_replica_failure: FailurePolicy
     ready_seconds: float | None
     timeout: float
+    on_failure: OnFailure = "abort"
 
 
 Command = Register | Unregister | Gather | RollOut
@@ -124,6 +125,7 @@ def _roll_out(ps: ParameterServer, clients: EngineClients, command: RollOut) -> 
         pause=command.pause,
         resume_dirty=command.resume_dirty,
         on_replica_failure=command.on_replica_failure,
+        on_failure=command.on_failure,
         ready_seconds=command.ready_seconds,
         call_seconds=min(120.0, command.timeout),
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from checkpoint_engine.engines.base import PauseMode
-from checkpoint_engine.engines.rollout import FailurePolicy
+from checkpoint_engine.engines.rollout import FailurePolicy, OnFailure
 from checkpoint_engine.http.commands import EngineSpec, RollOut
 
 Rank = Annotated[int, Field(ge=0)]
@@ -91,6 +91,7 @@ class UpdateBody(BaseModel):
     pause: PauseMode | None = None
     resume_dirty: bool = False
     on_replica_failure: FailurePolicy = "abort"
+    on_failure: OnFailure = "abort"
     ready_seconds: Seconds | None = None
     timeout: Seconds = 600.0
 
@@ -104,4 +105,5 @@ class UpdateBody(BaseModel):
             self.on_replica_failure,
             self.ready_seconds,
             self.timeout,
+            self.on_failure,
         )

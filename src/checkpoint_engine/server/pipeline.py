@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from checkpoint_engine.devices.base import Event
-from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, said
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, bare, said
 from checkpoint_engine.planning.plan import Bucket, Piece, Plan
 from checkpoint_engine.server.heard import Heard
 from checkpoint_engine.server.lane import Lane
@@ -120,7 +120,7 @@ class Pass:
 
     def _fail(self, error: CheckpointEngineError) -> None:
         with self._state:
-            self._error = self._error or error
+            self._error = self._error or bare(error)
             self._state.notify_all()
         self._arrived.put(None)
 

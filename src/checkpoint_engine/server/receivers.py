@@ -22,10 +22,12 @@ from checkpoint_engine.server.fetch import Feed, FetchPass
 from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.gather import Gatherer, Part, agreed_sizes, make_plan
 from checkpoint_engine.server.keeper import Keeper
+from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.server.report import UpdateReport
+from checkpoint_engine.server.request import RequestFunction
+from checkpoint_engine.server.served import Served
 from checkpoint_engine.server.sources import RDMA, Metas, Sources, peer_options
 from checkpoint_engine.server.supply import Supply, nics_of, unreadable
-from checkpoint_engine.server.update import RequestFunction
 from checkpoint_engine.server.updater import Prepared, Updater
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.descriptors import whereabouts
@@ -88,11 +90,12 @@ class Receivers(Closing):
         keeper: Keeper,
         gatherer: Gatherer,
         registry: Registry,
+        served: Served,
         sources: Sources,
         settings: Settings,
     ) -> None:
         self._fleet, self._device, self._settings = fleet, device, settings
-        self._parts = (gatherer, registry, sources)
+        self._parts = (gatherer, registry, served, sources)
         everybody = FetchUpdater(fleet, device, keeper, *self._parts)
         self._updaters: dict[tuple[int, ...], FetchUpdater] = {tuple(range(fleet.world_size)): everybody}
         self._owned = contextlib.ExitStack()
@@ -125,7 +128,7 @@ class Receivers(Closing):
             return self._updaters[chosen].fetch(name, ask, settings, version, progress)
         except UpdateError as e:  # by its rank in the world
             rank, found = chosen[e.rank], e
-        raise UpdateError(rank=rank, host=found.host, stage=found.stage, reason=found.reason, dirty=found.dirty) from found
+        raise found.but(rank=rank) from found
 
     def close(self) -> None:
         self._owned.close()
@@ -136,9 +139,16 @@ class FetchUpdater(Updater):
     """Updates all ranks of `fleet` with what they read from the sources that the metas name."""
 
     def __init__(
-        self, fleet: Fleet, device: Device, keeper: Keeper, gatherer: Gatherer, registry: Registry, sources: Sources
+        self,
+        fleet: Fleet,
+        device: Device,
+        keeper: Keeper,
+        gatherer: Gatherer,
+        registry: Registry,
+        served: Served,
+        sources: Sources,
     ) -> None:
-        super().__init__(fleet, device, keeper, gatherer, registry)
+        super().__init__(fleet, device, keeper, gatherer, registry, served)
         self._sources = sources
         self._agreed: _Agreed | None = None
 
@@ -156,7 +166,7 @@ class FetchUpdater(Updater):
         try:
             report = self.update(name, req_func, settings, version, progress)
         finally:
-            self._agreed = None
+            self._agreed, self._make_pass = None, Pass  # which would keep what the reads went to
         return dataclasses.replace(report, method=f"p2p ({agreed.by})" if agreed.by else "p2p")
 
     # --- agreement -----------------------------------------------------------------------------------------------------

@@ -93,6 +93,10 @@ class Watch:
         self._number: int | None = None  # of the update that runs
         self._reason: str | None = None  # why it is to end
 
+    def follow(self, fleet: Fleet, keeper: Keeper) -> None:
+        """The server is part of another world now."""
+        self._fleet, self._keeper = fleet, keeper
+
     @contextlib.contextmanager
     def doing(self, checkpoint: str, version: str | None, *, rollout: bool) -> Iterator[Outcome]:
         """While an update or a rollout runs; its report goes into what is yielded."""
