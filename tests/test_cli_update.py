@@ -106,6 +106,17 @@ def test_mixed_weights_stay_paused_until_healed(engines: list[str], model: Path,
     assert states(engines) == [("v3", False, False)] * RANKS
 
 
+def test_what_engines_served_is_put_back(engines: list[str], model: Path, spoilt: Path) -> None:
+    results = update(spoilt, engines, "--pause", "keep", "--restore-from", str(model))
+    assert [code for code, _, _ in results] == [1, 1]
+    ((version, dirty, paused),) = set(states(engines))
+    assert (version.partition("@")[0], dirty, paused) == (model.name, False, False)
+    said = "".join(err for _, _, err in results)  # by one rank for all
+    assert f"; {version!r} was restored" in said
+    assert "stays paused" not in said
+    assert [code for code, _, _ in update(model, engines, "--restore-from", str(spoilt / "none"))] == [2, 2]
+
+
 def test_replica_that_fails(engines: list[str], model: Path) -> None:
     """Unreachable before the update: code 3 on all ranks, and one line; or the others are updated without it."""
     urls = [engines[0], "http://127.0.0.1:1"]

@@ -143,7 +143,8 @@ def test_cancel(rest: httpx.Client, engines: list[str], policy: str) -> None:
         record = follow(rest, begun["id"])
         may.set()
     assert (record["state"], record["attempts"]) == ("cancelled", 1)
-    assert record["error"]["names"] == {"rank": 0, "host": record["error"]["names"]["host"], "stage": "cancel", "dirty": False}
+    names = record["error"]["names"]
+    assert names == names | {"rank": 0, "stage": "cancel", "dirty": False, "committed": False, "restored": None}
     assert rest.delete(f"/v1/updates/{begun['id']}").json()["state"] == "cancelled"
     begun = start(rest, engines, version=f"after-{policy}")
     assert follow(rest, begun["id"])["state"] == "committed"
@@ -157,6 +158,18 @@ def test_failure_names_what_failed_and_is_healed(rest: httpx.Client, engines: li
     assert (record["state"], record["error"]["type"], record["error"]["names"]["stage"]) == ("failed", "UpdateError", "load")
     assert SPOILT in record["error"]["message"]
     assert [engine["dirty"] for engine in rest.get("/v1/weights").json()["engines"]] == [True] * RANKS
+    record = follow(rest, start(rest, engines, checkpoint="spoilt", on_failure="restore")["id"])
+    assert record["state"] == "failed"
+    served = record["error"]["names"]["restored"]
+    assert record["error"]["message"].endswith(f"; {served!r} was restored")
+
+    def whole(data: Any) -> bool:
+        return isinstance(data, dict) and all(rank["state"]["dirty"] is False for rank in data["ranks"])
+
+    until(rest, "/v1/events", whole)  # rank 1 resumes its own engine, after rank 0 has ended
+    weights = rest.get("/v1/weights").json()
+    assert [(engine["version"], engine["dirty"]) for engine in weights["engines"]] == [(served, False)] * RANKS
+    assert follow(rest, start(rest, engines, checkpoint="spoilt")["id"])["state"] == "failed"
     assert rest.delete("/v1/checkpoints/spoilt", params={"fleet": True, "force": True}).status_code == 200
     assert [worker["dirty"] for worker in rest.get("/v1/weights").json()["workers"]] == [True] * RANKS
     assert follow(rest, start(rest, engines, version="healed")["id"])["state"] == "committed"

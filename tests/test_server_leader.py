@@ -31,13 +31,13 @@ def test_the_first_pass_waits_for_all_and_the_end_for_all_requests() -> None:
     leader = _leader(2)
     leader.hear(0, m.Waiting(1, 1))
     assert leader.orders(0.0) == []
-    assert leader.waiting_for() == "the workers of ranks [1] to connect"
+    assert leader.waiting_for()[0] == "the workers of ranks [1] to connect"
     leader.hear(1, m.Waiting(1, 1))
     assert leader.orders(0.0) == [m.Begin(1, 1, (0, 1))]
     leader.hear(1, m.Returned(1))
     _run_pass(leader, 1, 2, 0.0)
     assert leader.orders(0.0) == []
-    assert leader.waiting_for() == "the requests of ranks [0] to return"
+    assert leader.waiting_for()[0] == "the requests of ranks [0] to return"
     leader.hear(0, m.Returned(1))
     (end,) = leader.orders(0.0)
     assert isinstance(end, m.End)
@@ -49,7 +49,7 @@ def test_nobody_waits_for_the_worker_of_a_rank_that_has_none() -> None:
     leader.hear(0, m.Waiting(1, 1))
     leader.hear(2, m.Returned(1, absent=True))
     assert leader.orders(0.0) == []
-    assert leader.waiting_for() == "the workers of ranks [1] to connect"
+    assert leader.waiting_for()[0] == "the workers of ranks [1] to connect"
     leader.hear(1, m.Waiting(1, 1))
     assert leader.orders(0.0) == [m.Begin(1, 1, (0, 1))]
     _run_pass(leader, 1, 3, 0.0)  # rank 2 relays

@@ -161,3 +161,41 @@ def _named(rank: int, world_size: int, crew: list[Worker]) -> tuple[str, bool]:
 def test_an_error_names_the_host() -> None:
     with workers(2) as crew:
         assert run_ranks(_named, 2, crew) == [(socket.gethostname(), False)] * 2
+
+
+def _fails_while_all_become_ready(rank: int, world_size: int) -> tuple[bool, bool, str | None, bool]:
+    """Rank 1's request fails when its worker is all but ready, so that rank 0 decides to commit before it hears of that."""
+    begun, loaded, state = threading.Event(), dict[str, torch.Tensor](), WeightsState()
+
+    def load(weights: list[tuple[str, torch.Tensor]]) -> None:
+        loaded.update((name, tensor.clone()) for name, tensor in weights)
+
+    def serve(handle: str) -> None:
+        with contextlib.suppress(WorkerUpdateError):
+            update_weights_from_ipc(None, handle, rank, run=load, post_hook=begun.set, state=state)
+
+    def ask(handles: Handles) -> None:
+        worker = threading.Thread(target=serve, args=(handles[rank][1],))
+        worker.start()
+        if rank == 1:
+            begun.wait(20)
+            running.append(worker)
+            raise ConnectionError("the engine gave up")
+        worker.join(20)
+
+    running: list[threading.Thread] = []
+    with server(bucket_bytes=64 << 10) as ps:
+        ps.register_checkpoint("c", named_tensors=share_of(tensors(1), rank, world_size))
+        ps.gather_metas("c")
+        with pytest.raises(UpdateError, match="the engine gave up") as caught:
+            ps.update("c", ask, version="new")
+        for worker in running:
+            worker.join(20)
+        return caught.value.committed, state.dirty, state.version, caught.value.dirty
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_failure_while_rank_0_decides_leaves_all_workers_alike(attempt: int) -> None:
+    results = run_ranks(_fails_while_all_become_ready, 3)
+    assert len(set(results)) == 1, results
+    assert results[0] in [(True, False, "new", False), (False, True, None, True)]

@@ -35,6 +35,9 @@ Messages say which file, tensor, rank or stage it was. Callers of the contract c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
+
+E = TypeVar("E", bound=BaseException)
 
 
 class CheckpointEngineError(RuntimeError):
@@ -44,6 +47,13 @@ class CheckpointEngineError(RuntimeError):
 def said(error: BaseException) -> str:
     """What an error says: ours name their own cause, all others are named by their type."""
     return str(error) if isinstance(error, CheckpointEngineError) else f"{type(error).__name__}: {error}"
+
+
+def bare(error: E) -> E:
+    """`error` without the frames that it came through and without its causes: whoever keeps it would keep all that those held,
+    rings and other ranks' memory, too."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
 
 
 class SettingsError(CheckpointEngineError, ValueError):
@@ -218,14 +228,36 @@ class UpdateInProgressError(CheckpointEngineError):
 class UpdateError(CheckpointEngineError):
     """An update failed. Raised on every rank that took part, with the same cause.
 
-    rank, host and stage say where it failed first; dirty: this rank's engine may hold a mixture of old and new weights and
-    needs a complete update.
+    rank, host and stage say where it failed first. dirty: this rank's engine may hold a mixture of old and new weights and
+    needs a complete update; committed: it serves the new version, for the failure came after that. restored: the version that
+    was put back after it (see ParameterServer.update); aftermath: what else is to be said of that, or why it was not.
     """
 
-    def __init__(self, *, rank: int, host: str, stage: str, reason: str, dirty: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        host: str,
+        stage: str,
+        reason: str,
+        dirty: bool = False,
+        committed: bool = False,
+        restored: str | None = None,
+        aftermath: str = "",
+    ) -> None:
         self.rank, self.host, self.stage, self.reason, self.dirty = rank, host, stage, reason, dirty
+        self.committed, self.restored, self.aftermath = committed, restored, aftermath
+        after = f"; {aftermath}" if aftermath else ""
         # The opening words are part of the contract: callers' tests look for them.
-        super().__init__(f"Failed to update weights due to remote errors: rank {rank} ({host}), stage {stage}: {reason}")
+        super().__init__(f"Failed to update weights due to remote errors: rank {rank} ({host}), stage {stage}: {reason}{after}")
+
+    def but(self, **changes: Any) -> UpdateError:
+        """The same, notes included, with other values of some arguments."""
+        names = ("rank", "host", "stage", "reason", "dirty", "committed", "restored", "aftermath")
+        new = UpdateError(**{**{name: getattr(self, name) for name in names}, **changes})
+        for note in getattr(self, "__notes__", ()):
+            new.add_note(note)
+        return new
 
 
 class WorkerUpdateError(CheckpointEngineError):

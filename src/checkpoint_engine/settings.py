@@ -53,6 +53,8 @@ class Settings:
     connect_timeout  for a peer that ought to be there already to answer
     attach_timeout   for every rank's worker to connect, once an update has begun: its engine may finish a step first
     join_timeout     for all ranks to reach the same collective call (gather_metas, update, barrier)
+    commit_timeout   for a worker to acknowledge that it serves the new version
+    stop_timeout     after a failure, for all ranks to stop together; what a rank that does not may still write to is given up
     pass_grace       how long the leader waits, once one worker asks for a further pass, for the others to ask too
     io_threads       threads that read and copy into host memory
     """
@@ -82,6 +84,8 @@ class Settings:
     connect_timeout: float = 30.0
     attach_timeout: float = 120.0
     join_timeout: float = 300.0
+    commit_timeout: float = 30.0
+    stop_timeout: float = 5.0
     pass_grace: float = 0.05
     io_threads: int = dataclasses.field(default_factory=lambda: min(16, 2 * (os.cpu_count() or 4)))
 
@@ -95,7 +99,7 @@ class Settings:
         for name, known in _CHOICES.items():
             if (chosen := getattr(self, name)) not in known:
                 raise SettingsError(f"{name} must be one of {', '.join(known)}, not {chosen!r}")
-        for name in ("timeout", "connect_timeout", "attach_timeout", "join_timeout", "peer_wait", "holder_lease", "io_threads"):
+        for name in (*_TIMES, "io_threads"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} must be positive, not {getattr(self, name)}")
 
@@ -121,6 +125,9 @@ class Settings:
         return cls(**values)  # type: ignore[arg-type]
 
 
+_TIMES = (
+    "timeout", "connect_timeout", "attach_timeout", "join_timeout", "commit_timeout", "stop_timeout", "peer_wait", "holder_lease"
+)  # fmt: skip
 _CHOICES = {
     "method": ("auto", "broadcast", "pull"),
     "recorded_loads": ("auto", "on", "off"),
@@ -166,5 +173,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "CHECKPOINT_ENGINE_CONNECT_TIMEOUT": ("connect_timeout", float),
     "CHECKPOINT_ENGINE_ATTACH_TIMEOUT": ("attach_timeout", float),
     "CHECKPOINT_ENGINE_JOIN_TIMEOUT": ("join_timeout", float),
+    "CHECKPOINT_ENGINE_COMMIT_TIMEOUT": ("commit_timeout", float),
+    "CHECKPOINT_ENGINE_STOP_TIMEOUT": ("stop_timeout", float),
     "CHECKPOINT_ENGINE_IO_THREADS": ("io_threads", int),
 }

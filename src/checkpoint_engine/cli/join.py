@@ -98,8 +98,13 @@ def join(
     if serve and not is_url(source):
         raise SettingsError("--serve needs --from URL: files and stores tell nobody of this one")
     metas = read_metas(source, name)
-    limits = {"ready_seconds": wait, "call_seconds": timeout}
-    policy = Policy(pause=pause, resume_dirty=resume_dirty, on_replica_failure=on_replica_failure, **limits)
+    policy = Policy(
+        pause=pause,
+        resume_dirty=resume_dirty,
+        on_replica_failure=on_replica_failure,
+        ready_seconds=wait,
+        call_seconds=timeout,
+    )
     with ExitStack() as stack, notes(rank):
         engines = [stack.enter_context(get_engine(engine, url, path, token)) for url, path in sockets(endpoint, uds)]
         ps = stack.enter_context(_server(source, rank, world_size))

@@ -44,6 +44,8 @@ Verify = Annotated[
     Literal["on", "off"] | None,
     typer.Option(help="Check in the engines that tensors are what was registered; by default on CPUs."),
 ]
+ParallelSize = Annotated[int | None, typer.Option(help="Ranks that one engine spans (TP x PP); not with --url.", min=1)]
+RestoreFrom = Annotated[Path | None, typer.Option(help="After a failure put this checkpoint back, which engines serve now.")]
 FleetUrl = Annotated[str | None, typer.Option(help="URL of a serving fleet, which is to do it with a registered checkpoint.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
@@ -51,15 +53,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON."
 def update(
     checkpoint: Annotated[str, typer.Option(help="Directory of safetensors files that every rank sees; with --url, a name.")],
     endpoint: Annotated[list[str] | None, typer.Option(help="URL of an engine; repeat it, in rank order.")] = None,
-    inference_parallel_size: Annotated[
-        int | None, typer.Option(help="Ranks that one engine spans (TP x PP); not with --url.", min=1)
-    ] = None,
+    inference_parallel_size: ParallelSize = None,
     engine: Kind = "sglang",
     uds: Sockets = None,
     token: Token = None,
     pause: PauseMode = None,
     resume_dirty: ResumeDirty = False,
     on_replica_failure: OnFailure = "abort",
+    restore_from: RestoreFrom = None,
     weight_version: Version = None,
     name: Annotated[str | None, typer.Option(help="Name of the checkpoint; its directory's name by default.")] = None,
     wait: Wait = 600.0,
@@ -76,12 +77,15 @@ def update(
 
     Each rank holds its share of every layer in host memory. Endpoint i serves ranks i*K to (i+1)*K - 1, and the first of
     them asks it: wait until ready, pause, update, forget cached prefixes, publish the version, resume. After a failure
-    engines with whole weights are resumed, and those with a mixture stay paused. With --on-replica-failure continue the
-    command succeeds if some engine was updated, and says which were not.
+    engines with whole weights are resumed, and those with a mixture stay paused, unless --restore-from gives them whole ones,
+    for which its directory is held in host memory, too. With --on-replica-failure continue the command succeeds if some engine
+    was updated, and says which were not.
     """
     places = sockets(endpoint or [], uds)
     asked = {"pause": pause, "resume_dirty": resume_dirty, "on_replica_failure": on_replica_failure, "ready_seconds": wait}
     if url is not None:
+        if restore_from is not None:
+            raise typer.BadParameter("--restore-from does not go with --url: a fleet puts back what it has registered itself")
         from checkpoint_engine.cli.remote_update import remote_update
 
         engines = [{"kind": engine, "url": place, "uds": path, "token": token} for place, path in places]
@@ -94,7 +98,7 @@ def update(
     check_ranks(len(places), inference_parallel_size, world_size)
     console = Console(file=sys.stderr if json_output else sys.stdout)
     clients = [(engine, place, path, token) for place, path in places]
-    report = _update(console, Path(checkpoint), name, clients, asked, weight_version, timeout, verify)
+    report = _update(console, Path(checkpoint), name, clients, asked, weight_version, timeout, verify, restore_from)
     if rank == 0:
         tell(console, report, trace, json_output=json_output)
 
@@ -121,8 +125,9 @@ def _update(
     version: str | None,
     timeout: float,
     verify: Literal["on", "off"] | None,
+    previous: Path | None,
 ) -> RolloutReport:
-    """clients: arguments of get_engine. asked: of Policy."""
+    """clients: arguments of get_engine. asked: of Policy. previous: what engines serve now, to put back after a failure."""
     # Imported here, so that a mistake in the arguments is told at once.
     from checkpoint_engine.engines import Policy, get_engine
     from checkpoint_engine.memory.safetensors import checkpoint_files
@@ -133,8 +138,14 @@ def _update(
     files = [str(file) for file in checkpoint_files(checkpoint)]
     with ExitStack() as stack, notes(rank):
         engines = [stack.enter_context(get_engine(*client)) for client in clients]
-        policy = Policy(call_seconds=timeout, **asked)
+        policy = Policy(call_seconds=timeout, on_failure="abort" if previous is None else "restore", **asked)
         ps = stack.enter_context(ParameterServer())
+        if previous is not None:
+            former = previous.resolve().name if previous.resolve().name != name else f"{name} (previous)"
+            with meter(console, f"register {former}, share of rank {rank}", show=leads) as bar:
+                ps.register_checkpoint(former, files=checkpoint_files(previous), stripe=True, progress=bar.reach)
+            ps.gather_metas(former)
+            ps.declare_served(former)
         with meter(console, f"register {name}, share of rank {rank}", show=leads) as bar:
             ps.register_checkpoint(name, files=files, stripe=True, progress=bar.reach)
         ps.gather_metas(name)

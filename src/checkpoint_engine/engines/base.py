@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -133,9 +134,29 @@ def replica_size(engines: int, rank: int, world_size: int) -> int:
     return world_size // engines
 
 
+@dataclasses.dataclass(frozen=True)
+class EngineRequest:
+    """What `request_for_rank` returns. engine: None on a rank that asks none. first, size: of the ranks that it serves."""
+
+    engine: Engine | None
+    first: int
+    size: int
+    version: str | None
+    seconds: float
+
+    def __call__(self, handles: list[tuple[str, str]]) -> None:
+        if self.engine is not None:
+            self.engine.update(handles[self.first : self.first + self.size], version=self.version, seconds=self.seconds)
+            self.engine.finish(self.version, self.seconds)
+
+    def of(self, version: str) -> EngineRequest:
+        """The same with another version, for what is put back after a failure."""
+        return dataclasses.replace(self, version=None if self.version is None else version)
+
+
 def request_for_rank(
     engines: Sequence[Engine], rank: int, world_size: int, version: str | None = None, seconds: float = 600.0
-) -> Callable[[list[tuple[str, str]]], None]:
+) -> EngineRequest:
     """The `req_func` of rank `rank` for `ParameterServer.update`.
 
     Engine i serves ranks [i*K, (i+1)*K), K = world_size / len(engines). The first of them asks it, with the handles of
@@ -145,10 +166,4 @@ def request_for_rank(
     """
     size = replica_size(len(engines), rank, world_size)
     index, position = divmod(rank, size)
-
-    def request(handles: list[tuple[str, str]]) -> None:
-        if position == 0:
-            engines[index].update(handles[rank : rank + size], version=version, seconds=seconds)
-            engines[index].finish(version, seconds)
-
-    return request
+    return EngineRequest(None if position else engines[index], rank, size, version, seconds)

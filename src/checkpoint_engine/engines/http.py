@@ -93,12 +93,25 @@ class HttpEngine(Engine):
             raise EngineRefusedError(self.endpoint, response.status_code, f"not JSON: {response.text}") from None
 
     def _send(self, method: str, path: str, body: Any, seconds: float) -> httpx.Response:
+        end = time.monotonic() + seconds
         timeout = httpx.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))
         try:
-            return self._client.request(method, self.url + path, json=body, timeout=timeout)
+            with self._client.stream(method, self.url + path, json=body, timeout=timeout) as response:
+                return _read(response, end)
         except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout):
             raise DeadlineError(f"engine at {self.endpoint} to answer {method} {path}", seconds) from None
         except httpx.TransportError as e:
             raise EngineUnreachableError(self.endpoint, str(e) or type(e).__name__) from e
         except RuntimeError as e:  # httpx says so when the client was closed
             raise EngineUnreachableError(self.endpoint, str(e)) from e
+
+
+def _read(response: httpx.Response, end: float) -> httpx.Response:
+    """With its body; httpx's own deadline begins anew with each piece of it. Raises httpx.ReadTimeout after `end`."""
+    body = bytearray()
+    for piece in response.iter_bytes():
+        body += piece
+        if time.monotonic() > end:
+            raise httpx.ReadTimeout("the answer does not end")
+    kind = {"content-type": response.headers.get("content-type", "")}
+    return httpx.Response(response.status_code, headers=kind, content=bytes(body), request=response.request)

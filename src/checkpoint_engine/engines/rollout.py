@@ -18,6 +18,8 @@ from checkpoint_engine.errors import (
 )
 
 FailurePolicy = Literal["abort", "continue"]
+OnFailure = Literal["abort", "restore"]
+"""What follows a failed update. abort: nothing; restore: all workers get the checkpoint again that was committed last."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,8 @@ class Policy:
     pause               what becomes of running requests; None: engines are not paused
     resume_dirty        after a failure also resume engines whose weights are a mixture
     on_replica_failure  abort: one engine that fails ends the rollout for all; continue: the others go on without it
+    on_failure          of the update. abort: engines that hold a mixture keep it; restore: they get the checkpoint again that was
+                        committed last, if it is still registered. One that cannot take it does not keep the others from it
     ready_seconds       for an engine to become ready; None: it is not asked
     call_seconds        for each other call but the update: pause, reset, publish, resume
     """
@@ -34,6 +38,7 @@ class Policy:
     pause: PauseMode | None = None
     resume_dirty: bool = False
     on_replica_failure: FailurePolicy = "abort"
+    on_failure: OnFailure = "abort"
     ready_seconds: float | None = None
     call_seconds: float = 120.0
 
@@ -42,6 +47,13 @@ class Policy:
             raise SettingsError(f"no pause mode {self.pause!r}; there are {', '.join(get_args(PauseMode))}")
         if self.on_replica_failure not in get_args(FailurePolicy):
             raise SettingsError(f"on_replica_failure is {' or '.join(get_args(FailurePolicy))}, not {self.on_replica_failure!r}")
+        check_on_failure(self.on_failure)
+
+
+def check_on_failure(value: str) -> None:
+    """Raises SettingsError unless it is an OnFailure."""
+    if value not in get_args(OnFailure):
+        raise SettingsError(f"on_failure is {' or '.join(get_args(OnFailure))}, not {value!r}")
 
 
 class Turn:
@@ -90,6 +102,15 @@ class Turn:
         self.engine.left_dirty = False
         self.engine.finish(version, self._policy.call_seconds)
         self._resume()
+
+    def go_back(self, version: str) -> str | None:
+        """After a failure, when the engine has been given `version` once more: as `finish`, but returns what its operator must
+        know instead of raising."""
+        try:
+            self.finish(version)
+        except CheckpointEngineError as e:
+            return f"engine at {self.engine.endpoint} has {version!r} again, and may still be paused: {e}"
+        return None
 
     def give_up(self, dirty: bool) -> str | None:
         """After a failure: resume the engine if its weights are whole (dirty: they are not), or if the policy says so.

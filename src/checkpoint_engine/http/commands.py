@@ -13,7 +13,7 @@ from typing import Literal, Self
 import msgspec
 
 from checkpoint_engine.engines.base import Engine, PauseMode, get_engine
-from checkpoint_engine.engines.rollout import FailurePolicy, Policy
+from checkpoint_engine.engines.rollout import FailurePolicy, OnFailure, Policy
 from checkpoint_engine.http.records import Problem
 from checkpoint_engine.memory.safetensors import checkpoint_files
 from checkpoint_engine.ps import ParameterServer
@@ -62,6 +62,7 @@ class RollOut(msgspec.Struct, frozen=True, tag=True):
     ready_seconds: float | None
     timeout: float
     verify: Literal["on", "off"] | None = None
+    on_failure: OnFailure = "abort"
 
 
 Command = Register | Unregister | Gather | RollOut
@@ -125,6 +126,7 @@ def _roll_out(ps: ParameterServer, clients: EngineClients, command: RollOut) -> 
         pause=command.pause,
         resume_dirty=command.resume_dirty,
         on_replica_failure=command.on_replica_failure,
+        on_failure=command.on_failure,
         ready_seconds=command.ready_seconds,
         call_seconds=min(120.0, command.timeout),
     )

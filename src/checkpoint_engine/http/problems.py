@@ -79,6 +79,10 @@ def problem_of(error: BaseException, rank: int) -> Problem:
     if isinstance(error, RankError):
         return error.problem
     plain = (str, int, float, bool, type(None))
-    names = {k: v for k, v in vars(error).items() if isinstance(v, plain) and not k.startswith("_") and k != "reason"}
+    names = {
+        k: v
+        for k, v in vars(error).items()
+        if isinstance(v, plain) and not k.startswith("_") and k not in ("reason", "aftermath")
+    }
     notes = [str(note) for note in getattr(error, "__notes__", ())]
     return Problem(type(error).__name__, str(error) or type(error).__name__, rank, names, notes)

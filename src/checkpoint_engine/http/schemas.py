@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from checkpoint_engine.engines.base import PauseMode
-from checkpoint_engine.engines.rollout import FailurePolicy
+from checkpoint_engine.engines.rollout import FailurePolicy, OnFailure
 from checkpoint_engine.http.commands import EngineSpec, RollOut
 
 Rank = Annotated[int, Field(ge=0)]
@@ -91,6 +91,7 @@ class UpdateBody(BaseModel):
     pause: PauseMode | None = None
     resume_dirty: bool = False
     on_replica_failure: FailurePolicy = "abort"
+    on_failure: OnFailure = "abort"
     ready_seconds: Seconds | None = None
     timeout: Seconds = 600.0
     verify: Literal["on", "off"] | None = None
@@ -106,4 +107,5 @@ class UpdateBody(BaseModel):
             self.ready_seconds,
             self.timeout,
             self.verify,
+            self.on_failure,
         )

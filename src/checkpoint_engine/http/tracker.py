@@ -89,8 +89,7 @@ class Tracker:
     def _end(self, event: Ended) -> UpdateRecord | None:
         with self._lock:
             self._depth -= 1
-            if not event.rollout:
-                self._learn(event)
+            self._learn(event)
             if self._running is None or self._depth > 0:
                 return None
             if event.report is not None and event.report.trace.ranks:
@@ -107,10 +106,14 @@ class Tracker:
 
     def _learn(self, event: Ended) -> None:
         """What the worker beside this rank serves now."""
-        if event.report is not None:
+        if event.report is not None and not event.rollout:
             self._version, self._dirty = event.report.version, False
+        elif isinstance(event.error, UpdateError) and event.error.committed:
+            self._version, self._dirty = self._running.version if self._running is not None else None, False
         elif isinstance(event.error, UpdateError) and event.error.dirty:
             self._dirty = True
+        elif isinstance(event.error, UpdateError) and event.error.restored is not None:
+            self._version, self._dirty = event.error.restored, False
 
     def _finished(self, record: UpdateRecord, report: Report | None, error: BaseException | None) -> UpdateRecord:
         if report is not None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import collections
+import logging
 import threading
 
 from checkpoint_engine.errors import ProtocolError
 from checkpoint_engine.server.events import WorkerCame
 from checkpoint_engine.server.heard import Heard
 from checkpoint_engine.server.report import merge
+from checkpoint_engine.server.served import Served
 from checkpoint_engine.transport import messages as m
 from checkpoint_engine.transport.session import WorkerChannel, dismiss
+
+log = logging.getLogger(__name__)
 
 
 class Crew:
     """asked: how many came. reads: bytes that they would pull in the next update of the same plan; -1: one of them cannot.
-    stats, ways, notes: of the whole update."""
+    stats, ways, notes: of the whole update. noticed: those notes that are about workers that are not what this server left."""
 
-    def __init__(self) -> None:
+    def __init__(self, served: Served) -> None:
+        self._served = served
         self._waiting: collections.deque[WorkerCame] = collections.deque()
         self._current: WorkerCame | None = None
         self._streamed = False
@@ -26,10 +31,15 @@ class Crew:
         self.stats: dict[str, m.StageStats] = {}
         self.ways: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
+        self.noticed: tuple[str, ...] = ()
 
     def came(self, worker: WorkerCame) -> None:
         self._waiting.append(worker)
         self.asked += 1
+        if note := self._served.notice(worker.hello):
+            log.warning("%s: %s", worker.channel.peer, note)
+            self.noticed += (note,)
+            self.notes += (note,)
 
     def take(self, *, again: bool) -> WorkerCame:
         """The worker of the pass that begins; again: the one of the pass before, as it asked. Raises ProtocolError when there is
@@ -61,6 +71,7 @@ class Crew:
             answer = worker.channel.receive(seconds=seconds, waiting_for="the commit to be acknowledged")
             if not isinstance(answer, m.Committed):
                 raise ProtocolError(f"the worker answered Commit with {type(answer).__name__}")
+            self._served.acknowledged(worker.hello.pid, version)
             worker.channel.close()
         self._current = None
 

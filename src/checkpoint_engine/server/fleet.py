@@ -37,6 +37,14 @@ class Fleet(Closing):
         self._links: Links | None = None
         self._groups = 0
 
+    @property
+    def master(self) -> tuple[str, int] | None:
+        """Where rank 0's store is; None: nowhere, which a world of one may do."""
+        try:
+            return self._master()
+        except SettingsError:
+            return None
+
     def _master(self) -> tuple[str, int]:
         addr = self._master_addr or os.environ.get("MASTER_ADDR")
         port = self._master_port if self._master_port is not None else os.environ.get("MASTER_PORT")

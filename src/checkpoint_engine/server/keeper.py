@@ -6,7 +6,7 @@ from checkpoint_engine.devices.base import Closing, Device
 from checkpoint_engine.errors import AgreementError
 from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.server.fleet import Fleet
-from checkpoint_engine.server.lane import Lane
+from checkpoint_engine.server.lane import Lane, release_quarantined
 from checkpoint_engine.transport.collective import Collective
 
 
@@ -38,7 +38,8 @@ class Keeper(Closing):
         return self._lane
 
     def mend(self) -> None:
-        """Give up a lane whose communicator was abandoned."""
+        """Give up a lane whose communicator was abandoned, and memory that nobody writes to any more."""
+        release_quarantined()
         if self._lane is not None and self._lane.damaged:
             self.free()
 

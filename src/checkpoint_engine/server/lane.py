@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -13,8 +13,16 @@ from checkpoint_engine.planning.plan import Bucket, Piece, Plan
 from checkpoint_engine.transport.collective import Collective
 
 log = logging.getLogger(__name__)
-_quarantine: list[contextlib.ExitStack] = []
-"""Memory that an abandoned communicator may still write to: it stays allocated while this process lives."""
+_quarantine: list[tuple[Callable[[], bool], contextlib.ExitStack]] = []
+"""Memory that other ranks, or an abandoned communicator, may still write to: allocated until the function says that nobody can
+any more, or while this process lives."""
+
+
+def release_quarantined() -> None:
+    """Give back what nobody can write to any more."""
+    for entry in [entry for entry in _quarantine if entry[0]()]:
+        _quarantine.remove(entry)
+        entry[1].close()
 
 
 class Lane(Closing):
@@ -34,6 +42,7 @@ class Lane(Closing):
         self.staging: list[torch.Tensor] = []
         self._slots: list[torch.Tensor] = []  # allocated for staging, in use or not
         self._stopped = True
+        self._over: Callable[[], bool] = lambda: False
         with contextlib.ExitStack() as memory:
             self.ring: Ring = memory.enter_context(device.allocate_ring(ring_bytes))
             self.lifting = device.stream("lift")
@@ -112,10 +121,12 @@ class Lane(Closing):
             if not self.lifting.record().wait(seconds):
                 log.warning("rank %d: copies from host memory still run after %g s", self.rank, seconds)
 
-    def abandon(self, missing: Collection[int] = ()) -> None:
+    def abandon(self, missing: Collection[int] = (), over: Callable[[], bool] | None = None) -> None:
         """Give up the communicator, and with it all memory that it may still write to. missing: ranks that did not say that
-        they stopped. A second time takes nothing back."""
+        they stopped; over: whether they have since. A second time takes nothing back."""
         self.damaged = True
+        if over is not None:
+            self._over = over
         if self.collective is not None:
             self._stopped = self.collective.abandon(missing) and self._stopped
 
@@ -126,7 +137,7 @@ class Lane(Closing):
     def close(self) -> None:
         self.lifting.close()
         self.sharing.close()
-        if not self._stopped:  # late arrivals could write into memory that is somebody else's by then
-            _quarantine.append(self._memory)
+        if not (self._stopped or self._over()):  # late arrivals could write into memory that is somebody else's by then
+            _quarantine.append((self._over, self._memory))
         else:
             self._memory.close()

@@ -126,12 +126,16 @@ class Leader:
     def _missing_workers(self) -> list[int]:
         return sorted(r for r in self._everybody - self._absent if not self._waiting.get(r))
 
-    def waiting_for(self) -> str:
-        """For the error of a deadline."""
+    def waiting_for(self) -> tuple[str, frozenset[int]]:
+        """What, and for which ranks, for the error of a deadline."""
         if self._state == "loading":
-            return f"ranks {sorted(self._everybody - self._done.keys())} to load pass {self._pass}"
+            late = self._everybody - self._done.keys()
+            return f"ranks {sorted(late)} to load pass {self._pass}", late
         if self._state == "committing":
-            return f"ranks {sorted(self._everybody - self._settled)} to commit pass {self._pass}"
+            late = self._everybody - self._settled
+            return f"ranks {sorted(late)} to commit pass {self._pass}", late
         if self._pass == 0:
-            return f"the workers of ranks {self._missing_workers()} to connect"
-        return f"the requests of ranks {sorted(self._everybody - self._returned)} to return"
+            late = frozenset(self._missing_workers())
+            return f"the workers of ranks {sorted(late)} to connect", late
+        late = self._everybody - self._returned
+        return f"the requests of ranks {sorted(late)} to return", late

@@ -9,31 +9,31 @@ from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.server.events import WorkerCame
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.transport.links import Inbox, Links
-from checkpoint_engine.transport.messages import Stopped
+from checkpoint_engine.transport.meeting import LEADER
+from checkpoint_engine.transport.messages import CommitPass, Lost, Stopped
 
 log = logging.getLogger(__name__)
-LEVEL_SECONDS = 5.0
-"""After a failure: how long the others' answer and the broadcasts in flight may take before the communicator is given up."""
-
-
 UNQUIET = -1
 """`Stopped.posted` of a rank that may still write to other ranks' rings."""
 
 
-def level(inbox: Inbox, links: Links, lane: Lane, plan: Plan, dirty: bool, reason: str) -> None:
+def level(inbox: Inbox, links: Links, lane: Lane, plan: Plan, dirty: bool, reason: str, seconds: float) -> None:
     """Bring all ranks to the same broadcast, with nothing under way; without every rank's word, give the communicator up.
 
-    reason: for workers that come now. No thread of this rank's may queue broadcasts any more, unless the lane is damaged.
+    reason: for workers that come now. seconds: how long the others' answer and the broadcasts in flight may take. No thread of
+    this rank's may queue broadcasts any more, unless the lane is damaged.
     """
-    deadline = time.monotonic() + LEVEL_SECONDS
-    quiet = lane.quiet(LEVEL_SECONDS)
+    deadline = time.monotonic() + seconds
+    quiet = lane.quiet(seconds)
     links.tell(Stopped(inbox.update, lane.posted if quiet else UNQUIET, dirty))
     posted = _hear(inbox, links, lane, deadline, reason)
     missing = {rank for rank in range(links.world_size) if posted.get(rank, UNQUIET) == UNQUIET}
     if missing or lane.damaged or not lane.level(plan, max(posted.values()), max(0.1, deadline - time.monotonic())):
         log.warning("rank %d: giving up the communicator; the next update makes a new one", links.rank)
-        lane.abandon(missing)
-    lane.finish_lifts(LEVEL_SECONDS)
+        in_doubt = frozenset(missing)
+        by_copies = not lane.in_step  # else a library's own threads may write, and a rank's word is not enough
+        lane.abandon(missing, (lambda: all(links.has_stopped(r, inbox.update) for r in in_doubt)) if by_copies else None)
+    lane.finish_lifts(seconds)
 
 
 def _hear(inbox: Inbox, links: Links, lane: Lane, deadline: float, reason: str) -> dict[int, int]:
@@ -51,3 +51,23 @@ def _hear(inbox: Inbox, links: Links, lane: Lane, deadline: float, reason: str) 
         elif isinstance(entry[1], WorkerCame):
             entry[1].send_off(reason)
     return posted
+
+
+def await_verdict(inbox: Inbox, seconds: float) -> bool:
+    """Whether the leader has told this rank to commit, as far as can be known within `seconds`.
+
+    Its messages come in order: none follows its Stopped, nor its death. What else comes stays in the inbox.
+    """
+    deadline, kept = time.monotonic() + seconds, []
+    try:
+        while (entry := inbox.get(deadline - time.monotonic())) is not None:
+            sender, event = entry
+            if isinstance(event, CommitPass):
+                return True
+            kept.append(entry)
+            if sender == LEADER and isinstance(event, Stopped | Lost):
+                break
+        return False
+    finally:
+        for entry in kept:
+            inbox.put(*entry)

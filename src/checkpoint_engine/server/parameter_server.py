@@ -4,42 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine.devices import Device, get_device
 from checkpoint_engine.engines.base import Engine
-from checkpoint_engine.engines.rollout import Policy
-from checkpoint_engine.errors import SettingsError, UpdateInProgressError
+from checkpoint_engine.engines.rollout import OnFailure, Policy, check_on_failure
+from checkpoint_engine.errors import SettingsError, UpdateError
 from checkpoint_engine.manifest import Manifest
-from checkpoint_engine.memory.registry import Registry
-from checkpoint_engine.memory.safetensors import parse_file
-from checkpoint_engine.planning.sizes import preferred_piece
-from checkpoint_engine.planning.stripe import stripe as stripe_tensors
-from checkpoint_engine.server.fleet import Fleet
-from checkpoint_engine.server.gather import Gatherer
-from checkpoint_engine.server.keeper import Keeper
-from checkpoint_engine.server.place import find_place, local_rank
-from checkpoint_engine.server.receivers import Receivers
+from checkpoint_engine.server.member import Member
 from checkpoint_engine.server.report import UpdateReport
+from checkpoint_engine.server.request import RequestFunction
+from checkpoint_engine.server.restore import Restorer
 from checkpoint_engine.server.rollout import Rollout, RolloutReport
-from checkpoint_engine.server.sources import Sources
-from checkpoint_engine.server.update import RequestFunction
-from checkpoint_engine.server.updater import Updater
-from checkpoint_engine.server.watch import Watch
+from checkpoint_engine.server.served import Commit
 from checkpoint_engine.settings import Settings
 
-PUSHED = "push"
-"""The name under which `push` registers."""
+PUSHED, PUSHED_TOO = "push", "push-2"
+"""The names under which `push` registers: the first, or both in turn when the previous one is kept for a failure."""
 
 
-class ParameterServer:
+class ParameterServer(Member):
     """Holds this rank's part of checkpoints in host memory and updates engines from it. A context manager.
 
     rank, world_size   None: RANK and WORLD_SIZE, or those of torch's default group when auto_pg is False
@@ -51,95 +38,6 @@ class ParameterServer:
 
     Every rank must call the collective methods (gather_metas, update, store_based_barrier, push) in the same order.
     """
-
-    def __init__(
-        self,
-        *,
-        rank: int | None = None,
-        world_size: int | None = None,
-        auto_pg: bool = True,
-        gpu_count: int | None = None,
-        mem_fraction: float | None = None,
-        master_addr: str | None = None,
-        master_port: int | None = None,
-        settings: Settings | None = None,
-    ) -> None:
-        self._settings = settings or Settings.from_environment(mem_fraction=mem_fraction)
-        self._rank, self._world_size = find_place(rank, world_size, auto_pg)
-        self._auto_pg = auto_pg
-        self._owns_default_group = False
-        number = local_rank(self._rank, gpu_count, self._settings.device)
-        self._device: Device = get_device(self._settings.device, number)
-        self._device.bind_thread()
-        self._fleet = Fleet(self._rank, self._world_size, self._settings, master_addr, master_port)
-        self._registered_memory: dict[int, Any] = {}
-        hooks = self._register_memory, self._unregister_memory
-        self._registry = Registry(self._settings, *hooks, on_map=lambda region: self._device.place(region.tensor))
-        self._gatherer = Gatherer(self._fleet, self._device, self._settings)
-        self._keeper = Keeper(self._fleet, self._device)
-        self._sources = Sources(self._fleet, self._settings)
-        parts = (self._fleet, self._device, self._keeper, self._gatherer, self._registry)
-        self.watch = Watch(self._fleet, self._device, self._registry, self._keeper)
-        self._updater, self._receivers = Updater(*parts), Receivers(*parts, self._sources, self._settings, self.watch.follow)
-        self._updating = threading.Lock()
-        self._p2p_store: object = self._sources  # callers set it to None: peers cannot read this rank then
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        return self._world_size
-
-    # --- checkpoints ---------------------------------------------------------------------------------------------------
-
-    def register_checkpoint(
-        self,
-        checkpoint_name: str,
-        *,
-        files: Sequence[str | Path] | None = None,
-        named_tensors: Mapping[str, torch.Tensor] | None = None,
-        use_shared_memory_pool: bool = False,
-        use_inplace_pin_memory: bool = True,
-        stripe: bool = False,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Bring this rank's part of a checkpoint into host memory.
-
-        files                   safetensors files that belong to this rank; with `stripe`, files that all ranks see, of
-                                which each takes its share of every layer's bytes
-        named_tensors           tensors in memory, on any device; copied
-        use_shared_memory_pool  keep the memory when the checkpoint is unregistered, for the next one of the same shape
-        use_inplace_pin_memory  files in /dev/shm are used where they are. Nothing is ever deleted
-        progress                called with (bytes done, bytes in all)
-
-        Raises CheckpointExistsError, FileFormatError, TensorError, DuplicateTensorError, CheckpointError; others stay the same.
-        """
-        self._registry.register(
-            checkpoint_name,
-            files=files,
-            named_tensors=named_tensors,
-            select=self._share(files or ()) if stripe else None,
-            use_shared_memory_pool=use_shared_memory_pool,
-            use_inplace_pin_memory=use_inplace_pin_memory,
-            progress=progress,
-        )
-
-    def unregister_checkpoint(self, checkpoint_name: str, force: bool = False) -> None:
-        """Give its memory back; pooled memory only with `force`.
-
-        Raises CheckpointNotFoundError; CheckpointBusyError while an update reads it, or peers, for longer than peer_wait.
-        """
-        self._sources.withdraw(checkpoint_name)
-        self._registry.unregister(checkpoint_name, force=force)
-        self._gatherer.forget(checkpoint_name)
-
-    def _share(self, files: Sequence[str | Path]) -> list[str]:
-        """This rank's part of every layer's tensors in `files`. Raises FileFormatError."""
-        tensors = [(t.name, t.nbytes) for file in files for t in parse_file(file).tensors]
-        run_bytes = self._settings.bucket_bytes or preferred_piece(self._device.kind, self._world_size)
-        return stripe_tensors(tensors, self._world_size, run_bytes)[self._rank]
 
     # --- what everybody holds ------------------------------------------------------------------------------------------
 
@@ -186,6 +84,7 @@ class ParameterServer:
         progress: Callable[[int], None] | None = None,
         verify: str | None = None,
         keep: bool = False,
+        on_failure: OnFailure = "abort",
     ) -> UpdateReport:
         """Collective: put the checkpoint into the engines of all ranks, or of `ranks`.
 
@@ -199,29 +98,45 @@ class ParameterServer:
         progress  called with the bytes of each bucket when it is complete on this rank
         verify    None: as Settings.verify, which says what it is. Tensors that changed fail the update in stage "verify"
         keep      with ranks: what this rank reads stays registered, as its part of the checkpoint
+        on_failure  the same on all ranks. abort: after a failure engines that loaded something keep a mixture. restore: req_func
+                  is called once more, and all get the checkpoint again that was committed last, if it is still registered;
+                  the error says that, or why not. Not with `ranks`
 
         Returns after all workers on all ranks have committed. Raises UpdateError on every rank when it failed on any,
         UpdateInProgressError, CheckpointNotFoundError, AgreementError.
         """
-        if not self._updating.acquire(blocking=False):
-            raise UpdateInProgressError(f"rank {self._rank} is updating already; one update at a time")
-        try:
-            settings = self._settings if timeout is None else self._settings.replace(timeout=timeout.total_seconds())
-            settings = settings.replace(verify=verify or settings.verify)
-            with self.watch.doing(checkpoint_name, version, rollout=False, apart=bool(ranks)) as outcome:
-                what = (checkpoint_name, req_func, settings, version, self.watch.moved(progress))
-                return outcome.keep(self._receivers.update(*what, ranks, keep) if ranks else self._updater.update(*what))
-        finally:
+        check_on_failure(on_failure)
+        if ranks and on_failure != "abort":
+            raise SettingsError(
+                "on_failure='restore' cannot be combined with ranks: what receivers read may be gone at its source"
+            )
+        settings = self._for_update(timeout, verify)
+        with self._alone(), self.watch.doing(checkpoint_name, version, rollout=False, apart=bool(ranks)) as outcome:
+            what = (checkpoint_name, req_func, settings, version, self.watch.moved(progress))
             try:
-                self._end_default_group()
-            finally:
-                self._updating.release()
+                return outcome.keep(self._receivers.update(*what, ranks, keep) if ranks else self._updater.update(*what))
+            except UpdateError as e:
+                if on_failure == "abort":
+                    raise
+                raise self._restorer(settings).restored(e, req_func) from e
 
-    def _end_default_group(self) -> None:
-        if self._auto_pg and self._owns_default_group:
-            self._owns_default_group = False
-            if dist.is_initialized():
-                dist.destroy_process_group()
+    def declare_served(self, checkpoint_name: str, version: str | None = None) -> None:
+        """Say that the engines serve this checkpoint already, which was gathered here: another process put it there. It is what a
+        failed update with on_failure="restore" goes back to, if all ranks say so.
+
+        version: as for `update`. Raises CheckpointNotFoundError.
+        """
+        manifest, _ = self._gatherer.plan(checkpoint_name)
+        self._served.last = Commit(manifest, version or manifest.version)
+
+    def _for_update(self, timeout: datetime.timedelta | None, verify: str | None) -> Settings:
+        settings = self._settings.replace(verify=verify or self._settings.verify)
+        return settings if timeout is None else settings.replace(timeout=timeout.total_seconds())
+
+    def _restorer(
+        self, settings: Settings, alone: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    ) -> Restorer:
+        return Restorer(self._fleet, self._gatherer, self._registry, self._updater, self._served, settings, alone)
 
     def roll_out(
         self,
@@ -244,9 +159,11 @@ class ParameterServer:
         what `update` raises, EngineError, and ReplicaError for another rank's engine; the error's notes say which engines need
         their operator.
         """
-        version = version or self.get_metas().version
-        seconds = timeout.total_seconds() if timeout else self._settings.timeout
-        rollout = Rollout(self._fleet.links, engines, policy or Policy(), seconds, self._settings.join_timeout)
+        version, policy, settings = version or self.get_metas().version, policy or Policy(), self._for_update(timeout, verify)
+        if read and policy.on_failure != "abort":
+            raise SettingsError("on_failure='restore' cannot be combined with read: what was read may be gone at its source")
+        restorer = self._restorer(settings, self._alone) if policy.on_failure == "restore" else None
+        rollout = Rollout(self._fleet.links, engines, policy, settings.timeout, settings.join_timeout, restorer)
         options: dict[str, Any] = {"timeout": timeout, "version": version, "progress": progress, "verify": verify}
         options |= {"ranks": range(self._world_size), "keep": keep} if read else {}
         with self.watch.doing(checkpoint_name, version, rollout=True) as outcome:
@@ -266,35 +183,28 @@ class ParameterServer:
         """Collective: this rank's tensors, together with the other ranks', into `engines`, in one call; see `roll_out`.
 
         keep: the tensors stay in host memory, which the next push of the same names and shapes uses again; False: it is given
-        back at the end. Raises what register_checkpoint, gather_metas and roll_out raise.
+        back at the end. Where the policy is to restore, what was pushed last is kept until this is committed, which takes twice
+        the memory. Raises what register_checkpoint, gather_metas and roll_out raise.
         """
-        if PUSHED in self._registry:
-            self._sources.withdraw(PUSHED)
-            self._registry.unregister(PUSHED)
-        self.register_checkpoint(PUSHED, named_tensors=dict(named_tensors), use_shared_memory_pool=keep)
+        restores = policy is not None and policy.on_failure == "restore"
+        if restores and not keep:
+            raise SettingsError("on_failure='restore' needs keep=True: there would be nothing to go back to")
+        previous = self._served.last.manifest.checkpoint if restores and self._served.last else None
+        name = PUSHED_TOO if previous == PUSHED else PUSHED
+        self._drop_pushed(previous)
+        self.register_checkpoint(name, named_tensors=dict(named_tensors), use_shared_memory_pool=keep)
         try:
-            self.gather_metas(PUSHED)
-            return self.roll_out(PUSHED, engines=engines, policy=policy, version=version, timeout=timeout, verify=verify)
+            self.gather_metas(name)
+            report = self.roll_out(name, engines=engines, policy=policy, version=version, timeout=timeout, verify=verify)
+            self._drop_pushed(name)
+            return report
         finally:
             if not keep:
-                self.unregister_checkpoint(PUSHED)
+                self.unregister_checkpoint(name)
 
-    # --- life ----------------------------------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Give everything back: device memory, checkpoints, links. The default group stays the caller's."""
-        with contextlib.ExitStack() as stack:  # each, whatever the others raise
-            for part in (self._fleet, self._registry, self._keeper, self._receivers, self._sources):
-                stack.callback(part.close)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def _register_memory(self, region: Any) -> None:
-        self._registered_memory[id(region)] = self._device.register_host(region.tensor)
-
-    def _unregister_memory(self, region: Any) -> None:
-        self._registered_memory.pop(id(region)).close()
+    def _drop_pushed(self, but: str | None) -> None:
+        """Unregister what was pushed; but: not this one."""
+        for name in (PUSHED, PUSHED_TOO):
+            if name != but and name in self._registry:
+                self._sources.withdraw(name)
+                self._registry.unregister(name)

@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from checkpoint_engine.devices.base import Event
-from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, said
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, bare, said
 from checkpoint_engine.planning.plan import Bucket, Piece, Plan
 from checkpoint_engine.server.expected import Expected
 from checkpoint_engine.server.heard import Heard
@@ -124,7 +124,7 @@ class Pass:
 
     def _fail(self, error: CheckpointEngineError) -> None:
         with self._state:
-            self._error = self._error or error
+            self._error = self._error or bare(error)
             self._state.notify_all()
         self._arrived.put(None)
 

@@ -22,11 +22,13 @@ from checkpoint_engine.server.fleet import Fleet, SubFleet
 from checkpoint_engine.server.gather import Gatherer, Part, agreed_sizes, make_plan
 from checkpoint_engine.server.keeper import Keeper
 from checkpoint_engine.server.landing import Landing
+from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.server.report import UpdateReport
+from checkpoint_engine.server.request import RequestFunction
+from checkpoint_engine.server.served import Served
 from checkpoint_engine.server.slots import Slot
 from checkpoint_engine.server.sources import RDMA, Metas, Sources, peer_options
 from checkpoint_engine.server.supply import Supply, Transports, nics_of, unreadable
-from checkpoint_engine.server.update import RequestFunction
 from checkpoint_engine.server.updater import Prepared, Updater
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.descriptors import whereabouts
@@ -73,6 +75,7 @@ class Receivers(Closing):
         keeper: Keeper,
         gatherer: Gatherer,
         registry: Registry,
+        served: Served,
         sources: Sources,
         settings: Settings,
         begins: Callable[[Links], None],
@@ -81,7 +84,7 @@ class Receivers(Closing):
         self._fleet, self._device, self._settings = fleet, device, settings
         self._owned = contextlib.ExitStack()
         transports = self._owned.enter_context(Transports(lambda: peer_options(settings, sources.address)))
-        self._parts = (gatherer, registry, sources, transports, begins)
+        self._parts = (gatherer, registry, served, sources, transports, begins)
         everybody = tuple(range(fleet.world_size))
         self._updaters = {everybody: FetchUpdater(fleet, device, keeper, *self._parts, everybody)}
 
@@ -114,7 +117,7 @@ class Receivers(Closing):
             return self._updaters[chosen].fetch(name, ask, settings, version, progress, keep)
         except UpdateError as e:  # by its rank in the world
             rank, found = chosen[e.rank], e
-        raise UpdateError(rank=rank, host=found.host, stage=found.stage, reason=found.reason, dirty=found.dirty) from found
+        raise found.but(rank=rank) from found
 
     def close(self) -> None:
         self._owned.close()
@@ -131,13 +134,14 @@ class FetchUpdater(Updater):
         keeper: Keeper,
         gatherer: Gatherer,
         registry: Registry,
+        served: Served,
         sources: Sources,
         transports: Transports,
         begins: Callable[[Links], None],
         ranks: Sequence[int],
     ) -> None:
         """ranks: of the receivers in their world, for messages."""
-        super().__init__(fleet, device, keeper, gatherer, registry)
+        super().__init__(fleet, device, keeper, gatherer, registry, served)
         self._sources, self._transports, self._begins, self._ranks = sources, transports, begins, ranks
         self._agreed: _Agreed | None = None
         self._keeping = False
@@ -169,6 +173,7 @@ class FetchUpdater(Updater):
             if self._landing is not None:
                 self._landing[0].close()
             self._agreed = self._landing = None
+            self._make_pass = Pass  # the other one would keep what the reads went to
         return dataclasses.replace(report, method=f"p2p ({agreed.by})" if agreed.by else "p2p")
 
     # --- agreement -----------------------------------------------------------------------------------------------------

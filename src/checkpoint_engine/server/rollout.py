@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 
@@ -19,7 +19,9 @@ from checkpoint_engine.engines.rollout import Policy, Turn
 from checkpoint_engine.errors import CheckpointEngineError, EngineError, ReplicaError, UpdateError
 from checkpoint_engine.server.events import CANCELLED, VERIFY
 from checkpoint_engine.server.report import UpdateReport
-from checkpoint_engine.server.update import NO_WORKER, RequestFunction
+from checkpoint_engine.server.request import NO_WORKER, RequestFunction
+from checkpoint_engine.server.restore import Restorer, told
+from checkpoint_engine.server.served import Commit
 from checkpoint_engine.timeline import Trace
 from checkpoint_engine.transport.links import Links
 
@@ -108,17 +110,27 @@ class Rollout:
 
     seconds       for an engine to answer the request to update
     join_seconds  for all ranks to reach the same step
+    restorer      puts the last committed checkpoint back when the update failed; None: the policy is not to
     Raises SettingsError when the ranks cannot be divided evenly among the engines.
     """
 
-    def __init__(self, links: Links, engines: Sequence[Engine], policy: Policy, seconds: float, join_seconds: float) -> None:
+    def __init__(
+        self,
+        links: Links,
+        engines: Sequence[Engine],
+        policy: Policy,
+        seconds: float,
+        join_seconds: float,
+        restorer: Restorer | None = None,
+    ) -> None:
         self._links, self._engines, self._policy = links, engines, policy
-        self._seconds, self._join_seconds = seconds, join_seconds
+        self._seconds, self._join_seconds, self._restorer = seconds, join_seconds, restorer
         self._size = replica_size(len(engines), links.rank, links.world_size)
         self._replica, position = divmod(links.rank, self._size)
         self._turn = Turn(engines[self._replica], policy) if position == 0 else None
         self._failed: dict[int, str] = {}  # replica -> why; the same on all ranks
         self._dirty: set[int] = set()  # replicas
+        self._restored: str | None = None  # version that this replica was put back to
         self._attempts = 0
 
     def run(self, update: Callable[[RequestFunction], UpdateReport], version: str | None) -> RolloutReport:
@@ -132,11 +144,28 @@ class Rollout:
             self._step("ready", lambda turn: turn.wait_ready(), self._policy.ready_seconds or 0.0)
             self._step("pause", lambda turn: turn.pause(), self._policy.call_seconds)
             report = self._update(update, version)
+        except UpdateError as e:
+            if self._restorer is None:
+                self._let_go(e)
+                raise
+            raise self._after(e, self._restorer) from e
         except BaseException as e:
-            if self._turn is not None and (note := self._turn.give_up(self._replica in self._dirty)):
-                e.add_note(note)
+            self._let_go(e)
             raise
         return self._finish(report, version)
+
+    def _after(self, error: UpdateError, restorer: Restorer) -> UpdateError:
+        new = self._restore(error, restorer)
+        self._let_go(new)
+        return new
+
+    def _let_go(self, error: BaseException) -> None:
+        if self._turn is None:
+            return
+        turn, restored = self._turn, self._restored
+        note = turn.give_up(self._replica in self._dirty) if restored is None else turn.go_back(restored)
+        if note:
+            error.add_note(note)
 
     def _finish(self, report: UpdateReport, version: str | None) -> RolloutReport:
         note = None
@@ -160,19 +189,10 @@ class Rollout:
     # --- the update ----------------------------------------------------------------------------------------------------
 
     def _update(self, update: Callable[[RequestFunction], UpdateReport], version: str | None) -> UpdateReport:
-        first = self._replica * self._size
-
-        def request(handles: list[tuple[str, str]]) -> object:
-            if self._replica in self._failed:
-                return NO_WORKER
-            if self._turn is not None:
-                self._turn.update(handles[first : first + self._size], version, self._seconds)
-            return None
-
         while True:
             self._attempts += 1
             try:
-                report = update(request)
+                report = update(self._request(version, self._failed))
             except UpdateError as e:
                 if not self._without_culprit(e):
                     raise
@@ -180,23 +200,69 @@ class Rollout:
                 self._dirty &= self._failed.keys()
                 return report
 
+    def _request(self, version: str | None, without: Collection[int]) -> RequestFunction:
+        """of `update`. without: replicas."""
+        first = self._replica * self._size
+
+        def request(handles: list[tuple[str, str]]) -> object:
+            if self._replica in without:
+                return NO_WORKER
+            if self._turn is not None:
+                self._turn.update(handles[first : first + self._size], version, self._seconds)
+            return None
+
+        return request
+
     def _without_culprit(self, error: UpdateError) -> bool:
         """After a failed attempt: whether there is to be another one, without the replica that it failed on."""
-        mine = _Said(error.reason, error.dirty, error.rank)
         try:
-            says = self._exchange("failure", mine, self._join_seconds)
+            culprit, reason = self._culprit(error)
         except CheckpointEngineError:  # a rank is gone, and what its worker holds nobody knows
             if error.dirty or self._size > 1:
                 self._dirty.add(self._replica)
             return False
-        self._dirty |= {rank // self._size for rank, said in enumerate(says) if said.dirty}
-        culprit = says[0].culprit // self._size
         if self._policy.on_replica_failure == "abort" or culprit in self._failed or error.stage in (CANCELLED, VERIFY):
             return False
         if len(self._failed) + 1 == len(self._engines):
             return False
-        self._leave_out({culprit: says[0].error})
+        self._leave_out({culprit: reason})
         return True
+
+    def _culprit(self, error: UpdateError) -> tuple[int, str]:
+        """Collective, after a failed attempt: the replica that it failed on, and why; notes which are dirty now."""
+        says = self._exchange("failure", _Said(error.reason, error.dirty, error.rank), self._join_seconds)
+        self._dirty |= {rank // self._size for rank, said in enumerate(says) if said.dirty}
+        return says[0].culprit // self._size, says[0].error
+
+    # --- after a failed one --------------------------------------------------------------------------------------------
+
+    def _restore(self, error: UpdateError, restorer: Restorer) -> UpdateError:
+        """Collective: put back what was committed last, into all engines that take it; `error` with what came of it."""
+        dirty = self._replica in self._dirty
+        try:
+            if (commit := restorer.agree(dirty)) is None:
+                return error.but()
+            left = self._put_back(commit, restorer)
+        except CheckpointEngineError as e:
+            return told(error, dirty=self._replica in self._dirty, why_not=str(e))
+        self._dirty &= left.keys()
+        if self._replica not in left:
+            self._restored = commit.version
+        without = [f"engine at {self._engines[replica].endpoint} ({why})" for replica, why in left.items()]
+        return told(error, dirty=self._replica in self._dirty, restored=commit.version, without=without)
+
+    def _put_back(self, commit: Commit, restorer: Restorer) -> dict[int, str]:
+        """Replicas that could not take it, and why. Raises UpdateError when none could, and what `_exchange` does."""
+        left = dict(self._failed)
+        while True:
+            try:
+                restorer.put_back(commit, self._request(commit.version, left))
+                return left
+            except UpdateError as e:
+                culprit, reason = self._culprit(e)
+                if culprit in left or len(left) + 1 == len(self._engines):
+                    raise
+                left[culprit] = reason
 
     # --- steps ---------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from checkpoint_engine.errors import (
     ProtocolError,
     RegionGoneError,
     TransferError,
+    bare,
 )
 from checkpoint_engine.manifest import TensorMeta
 from checkpoint_engine.planning.peers import FetchPlan, Receiver, replace_sources
@@ -229,6 +230,7 @@ class Supply(Closing):
     def _failed(self, way: Way, connection: _Connection, error: CheckpointEngineError) -> None:
         """Give the connection up, and the source, unless it has delivered before: it may only have found us idle."""
         connection.closed = True
+        bare(error)  # the read, whose frames hold its slot, keeps it
         with self._lock:
             if self.stopped or self._connections.get(way) is not connection:
                 return  # another thread was first
@@ -263,6 +265,8 @@ class Supply(Closing):
     def close(self) -> None:
         self.stop()
         self._owned.close()
+        if self._fatal is not None:  # it was raised in frames that hold the slots
+            bare(self._fatal)
 
 
 def unreadable(metas: Metas) -> set[int]:

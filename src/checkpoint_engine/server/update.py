@@ -6,6 +6,7 @@ passes, lets them commit, and ends the update. News of a failure goes from the r
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -13,16 +14,18 @@ from collections.abc import Callable
 
 import torch
 
-from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, UpdateError, said
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, UpdateError, bare, said
 from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.server.crew import Crew
 from checkpoint_engine.server.events import PassEnded, RequestDone, SessionFailed, WorkerCame
 from checkpoint_engine.server.heard import Heard
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.leader import Leader
-from checkpoint_engine.server.level import LEVEL_SECONDS, level
+from checkpoint_engine.server.level import await_verdict, level
 from checkpoint_engine.server.pipeline import Pass, PassError
 from checkpoint_engine.server.report import Outcome
+from checkpoint_engine.server.request import Request, RequestFunction
+from checkpoint_engine.server.served import Served
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.timeline import Recorder
 from checkpoint_engine.transport import messages as m
@@ -33,9 +36,8 @@ log = logging.getLogger(__name__)
 CAUSE_SECONDS = 0.25
 """An engine's request fails because its worker did; the worker's own words, on their way here, say more."""
 
-RequestFunction = Callable[[list[tuple[str, str]]], object]
-NO_WORKER = object()
-"""What a RequestFunction returns when no worker will come to its rank, which then only relays. All else it returns is nothing."""
+LATE_SECONDS = 1.0
+"""Before an update's deadline: a request that ends by its own one then has the same."""
 
 
 class _Fail(Exception):
@@ -46,8 +48,8 @@ class _Fail(Exception):
 
 
 class UpdateRun:
-    """inbox: of this update. hosts: of all ranks, for messages. make_pass: the kind of pass. device: uuid a worker on this
-    rank must have, None: not checked. recorder: of this rank's timeline."""
+    """inbox: of this update. hosts: of all ranks, for messages. served: what this rank's workers served before. make_pass: the
+    kind of pass. device: uuid a worker on this rank must have, None: not checked. recorder: of this rank's timeline."""
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class UpdateRun:
         links: Links,
         hosts: list[str],
         settings: Settings,
+        served: Served,
         make_pass: Callable[..., Pass] = Pass,
         device: str | None = None,
         progress: Callable[[int], None] | None = None,
@@ -71,14 +74,14 @@ class UpdateRun:
         self._make_pass, self._hosts = make_pass, hosts
         self._rank = links.rank
         self._deadline = time.monotonic() + settings.timeout
-        self._crew = Crew()
+        self._crew = Crew(served)
         self._leader = Leader(inbox.update, links.world_size, settings, time.monotonic()) if self._rank == LEADER else None
         self._pass: Pass | None = None
         self._pass_thread: threading.Thread | None = None
         self._pass_number = 0
         self._loaded_before = False  # an earlier stream of the pass has
-        self._request: threading.Thread | None = None
         self._dirty = False
+        self._ready = self._committed = False  # this rank's workers, of the pass that runs; of the update
 
     def _put(self, event: object) -> None:
         self._inbox.put(self._rank, event)
@@ -87,8 +90,7 @@ class UpdateRun:
 
     def run(self, request: RequestFunction, handles: list[tuple[str, str]]) -> Outcome:
         """Returns after the last pass has been committed on all ranks. Raises UpdateError, the same on all ranks."""
-        self._request = threading.Thread(target=self._ask, args=(request, handles), name="request", daemon=True)
-        self._request.start()
+        asked = Request(self._inbox, self._rank, request, handles)
         # A stage's own deadline names most, the leader's less, a member's least: they come in this order.
         deadline = self._deadline + (0.5 if self._rank == LEADER else 1.0)
         try:
@@ -99,40 +101,28 @@ class UpdateRun:
         except _Fail as e:
             failure = e.failure
             self._abort(failure, e.announced)
-            raise UpdateError(
-                rank=failure.rank, host=failure.host, stage=failure.stage, reason=failure.reason, dirty=self._dirty
-            ) from None
         except BaseException as e:  # Ctrl-C, or a mistake of ours: the others must not wait for this rank
             self._abort(self._failure("update", f"{type(e).__name__}: {e}"), announced=False)
             raise
         finally:
-            self._join_request()
+            asked.leave()
+        raise self._error(failure)
 
-    def _ask(self, request: RequestFunction, handles: list[tuple[str, str]]) -> None:
-        error, absent = None, False
-        try:
-            absent = request(handles) is NO_WORKER
-        except BaseException as e:  # whatever the caller's function raises ends the update, with its name
-            error = e
-        self._put(RequestDone(error, absent))
-
-    def _join_request(self) -> None:
-        """Wait a moment for the request to return: an engine that hangs is its caller's to end."""
-        deadline = time.monotonic() + 1.0
-        while self._request is not None and self._request.is_alive() and time.monotonic() < deadline:
-            self._turn_away(0.02)
-        self._turn_away(0)
-
-    def _turn_away(self, seconds: float) -> None:
-        """Send off workers that came when nobody was waiting for them any more."""
-        while (entry := self._inbox.get(seconds)) is not None:
-            if isinstance(entry[1], WorkerCame):
-                entry[1].send_off("the update is over")
+    def _error(self, failure: m.Failure) -> UpdateError:
+        committed, f = self._committed and not self._dirty, failure
+        error = UpdateError(rank=f.rank, host=f.host, stage=f.stage, reason=f.reason, dirty=self._dirty, committed=committed)
+        serves = [f"its worker serves {self._version!r} already"] if committed else []
+        for note in (*serves, *self._crew.noticed):
+            error.add_note(f"rank {self._rank}: {note}")
+        return error
 
     def _step(self, deadline: float) -> m.End | None:
         """Take one message or event. Returns the leader's End."""
         wake = deadline
         if self._leader is not None:
+            self._check_deadlines(deadline)
+            if (failure := self._inbox.failure) is not None:  # whether or not its turn has come: nothing is decided after it
+                raise _Fail(failure, announced=True)
             for order in self._leader.orders(time.monotonic()):
                 self._links.tell(order)
             wake = min(deadline, self._leader.wake)
@@ -147,11 +137,12 @@ class UpdateRun:
 
     def _check_deadlines(self, deadline: float) -> None:
         if self._leader is not None and (late := self._leader.overdue(time.monotonic())):
-            rank, stage, error = late
-            raise self._fail(stage, str(error), rank)
+            raise self._fail(late[1], str(late[2]), late[0])
         if time.monotonic() >= deadline:
-            waited_for = self._leader.waiting_for() if self._leader else f"rank {LEADER} to end the update"
-            raise self._fail("update", str(DeadlineError(waited_for, self._settings.timeout)))
+            what, ranks = f"rank {LEADER} to end the update", frozenset([LEADER])
+            if self._leader is not None:
+                what, ranks = self._leader.waiting_for()
+            raise self._fail("update", str(DeadlineError(what, self._settings.timeout)), min(ranks) if ranks else None)
 
     def _handle(self, sender: int, event: object) -> m.End | None:
         match event:
@@ -159,10 +150,11 @@ class UpdateRun:
                 self._welcome(event)
             case RequestDone(error=None, absent=absent):
                 self._links.send(LEADER, m.Returned(self._number, absent))
+            case RequestDone(error=TimeoutError()) if time.monotonic() > self._deadline - LATE_SECONDS:
+                pass  # the engine waits for whom the update waits for, whose own deadline is near, and says for whom
             case RequestDone(error=error) if error is not None:
                 self._await_cause()
-                reason = said(error)
-                raise self._fail("request", reason)
+                raise self._fail("request", said(error))
             case SessionFailed(error=problem):
                 raise self._fail("attach", str(problem))
             case m.Begin():
@@ -219,7 +211,7 @@ class UpdateRun:
         else:
             self._recorder.lap("wait")
         worker = self._crew.take(again=begin.again) if self._rank in begin.ranks else None
-        self._pass_number = begin.pass_
+        self._pass_number, self._ready = begin.pass_, False
         self._pass = self._make_pass(
             self._plan,
             self._lane,
@@ -239,7 +231,7 @@ class UpdateRun:
         try:
             stats = running.run()
         except CheckpointEngineError as e:
-            error = e
+            error = bare(e)
         except Exception as e:  # nobody else would hear of it
             error = PassError("update", f"{type(e).__name__}: {e}")
         self._put(PassEnded(stats, error))
@@ -247,21 +239,31 @@ class UpdateRun:
     def _pass_over(self, stats: dict[str, m.StageStats]) -> None:
         heard = self._pass.heard if self._pass is not None else Heard()
         self._crew.heard(heard, stats)
+        self._ready = not heard.again
         crew = self._crew
         done = m.PassDone(self._number, self._pass_number, crew.stats, heard.again, crew.ways, crew.notes)
         self._links.send(LEADER, done)
 
     def _commit(self) -> None:
+        self._ready = False
         self._recorder.lap()
         try:
-            self._crew.commit(self._version, self._settings.connect_timeout)
+            self._crew.commit(self._version, self._settings.commit_timeout)
         except CheckpointEngineError as e:
             self._dirty = True
             raise self._fail("commit", str(e)) from e
+        self._pass, self._loaded_before, self._committed = None, False, True
         self._lane.rest()
-        self._pass, self._loaded_before = None, False
         self._recorder.lap("commit")
         self._links.send(LEADER, m.Settled(self._number, self._pass_number, self._recorder.take()))
+
+    def _await_verdict(self) -> None:
+        """This rank is ready, and the update has failed somewhere. Whether to commit is the leader's to say, who may have said so
+        before it heard of the failure: then all that can commit do, so that no worker is left with something else."""
+        patience = 0.0 if self._leader is not None or LEADER in self._links.lost else self._settings.stop_timeout
+        if await_verdict(self._inbox, patience):
+            with contextlib.suppress(_Fail, CheckpointEngineError):
+                self._commit()
 
     # --- failure -------------------------------------------------------------------------------------------------------
 
@@ -277,11 +279,13 @@ class UpdateRun:
         """Tell everybody, stop this rank's pass, tell its workers, and leave the communicator consistent or give it up."""
         if not announced:
             self._links.tell(failure, to_self=False)
+        if self._ready:
+            self._await_verdict()
         if self._pass is not None:
             self._pass.stop()
         text = str(UpdateError(rank=failure.rank, host=failure.host, stage=failure.stage, reason=failure.reason))
-        self._crew.dismiss(text, self._pass_thread, LEVEL_SECONDS)
+        self._crew.dismiss(text, self._pass_thread, self._settings.stop_timeout)
         self._dirty = self._dirty or self._loaded_before or (self._pass is not None and self._pass.loads_sent > 0)
         if self._pass_thread is not None and self._pass_thread.is_alive():
             self._lane.abandon()
-        level(self._inbox, self._links, self._lane, self._plan, self._dirty, text)
+        level(self._inbox, self._links, self._lane, self._plan, self._dirty, text, self._settings.stop_timeout)

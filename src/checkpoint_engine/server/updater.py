@@ -32,7 +32,9 @@ from checkpoint_engine.server.offer import Offer, exchange_offers, verified
 from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.server.pull import AheadPass, Puller
 from checkpoint_engine.server.report import UpdateReport, make_report, method_name
-from checkpoint_engine.server.update import CAUSE_SECONDS, RequestFunction, UpdateRun
+from checkpoint_engine.server.request import RequestFunction
+from checkpoint_engine.server.served import Commit, Served
+from checkpoint_engine.server.update import CAUSE_SECONDS, UpdateRun
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.timeline import Recorder, span_limit
 from checkpoint_engine.transport.descriptors import SharedDescriptor, whereabouts
@@ -65,9 +67,11 @@ class Prepared(NamedTuple):
 class Updater:
     """Runs updates, one at a time, with what the server keeps. Owns none of it."""
 
-    def __init__(self, fleet: Fleet, device: Device, keeper: Keeper, gatherer: Gatherer, registry: Registry) -> None:
+    def __init__(
+        self, fleet: Fleet, device: Device, keeper: Keeper, gatherer: Gatherer, registry: Registry, served: Served
+    ) -> None:
         self._fleet, self._device, self._keeper = fleet, device, keeper
-        self._gatherer, self._registry = gatherer, registry
+        self._gatherer, self._registry, self._served = gatherer, registry, served
         self._puller = Puller(device)
         self._make_pass: Callable[..., Pass] = Pass
 
@@ -108,12 +112,14 @@ class Updater:
                 links,
                 [offer.host for offer in offers],
                 settings,
+                self._served,
                 make_pass,
                 self._device.uuid if self._device.kind != "cpu" else None,
                 progress,
                 recorder,
             )
-            outcome = run.run(req_func, [(o.device, o.handle) for o in offers])
+            with self._served.updating(Commit(prepared.manifest, offers[0].version)):
+                outcome = run.run(req_func, [(o.device, o.handle) for o in offers])
         self._keeper.proven = lane.method == "copies"
         self._give_back(name, settings)
         self._puller.settle(offers, plan, outcome.reads, mapped=opened is not None)

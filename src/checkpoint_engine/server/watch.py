@@ -94,6 +94,10 @@ class Watch:
         self._running: tuple[Links, int] | None = None  # the update that runs: its links and its number on them
         self._reason: str | None = None  # why it is to end
 
+    def enter(self, fleet: Fleet, keeper: Keeper) -> None:
+        """The server is part of another world now."""
+        self._fleet, self._keeper = fleet, keeper
+
     @contextlib.contextmanager
     def doing(self, checkpoint: str, version: str | None, *, rollout: bool, apart: bool = False) -> Iterator[Outcome]:
         """While an update or a rollout runs; its report goes into what is yielded. apart: `follow` says over which links."""

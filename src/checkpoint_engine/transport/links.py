@@ -20,7 +20,7 @@ from checkpoint_engine.devices.base import Closing
 from checkpoint_engine.errors import AgreementError, CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, said
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.meeting import LEADER, LinkChannel, meet
-from checkpoint_engine.transport.messages import Failure, Give, Given, Goodbye, Introduce, Lost, OverLink, Withdrawn
+from checkpoint_engine.transport.messages import Failure, Give, Given, Goodbye, Introduce, Lost, OverLink, Stopped, Withdrawn
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -68,6 +68,7 @@ class Links(Closing):
         self._answers: dict[int, Given | Withdrawn] = {}
         self._inboxes: dict[int, Inbox] = {}
         self._oldest = 0
+        self._stopped: dict[int, int] = {}  # rank -> the last update that it stopped, with nothing of it under way
         self._closing = False
         if world_size > 1:
             if store is None:
@@ -95,8 +96,9 @@ class Links(Closing):
     def _drain(self, peer: int) -> None:
         channel = self._channels[peer]
         try:
-            for message in channel.drain():
-                self._dispatch(peer, message)
+            with self._changed:  # what came together is seen together: not that a rank came, and later that it gave up since
+                for message in channel.drain():
+                    self._dispatch(peer, message)
         except Exception as e:  # of any kind: this thread reads for all the others
             self._selector.unregister(channel)
             channel.shutdown()  # the peer must hear that nobody listens to it any more
@@ -116,6 +118,8 @@ class Links(Closing):
                 case Introduce():
                     raise ProtocolError(f"rank {peer} introduced itself twice")
                 case _:
+                    if isinstance(message, Stopped) and message.posted >= 0:
+                        self._stopped[peer] = max(message.update, self._stopped.get(peer, 0))
                     if message.update >= self._oldest:
                         self._inbox(message.update).put(peer, message)
             self._changed.notify_all()
@@ -134,6 +138,11 @@ class Links(Closing):
         """Ranks whose link is gone, and why."""
         with self._changed:
             return dict(self._lost)
+
+    def has_stopped(self, rank: int, update: int) -> bool:
+        """Whether it has said, however late, that nothing which it began in update number `update` is under way any more."""
+        with self._changed:
+            return self._stopped.get(rank, 0) >= update
 
     @property
     def failure(self) -> Failure | None:

@@ -25,7 +25,7 @@ import torch
 from checkpoint_engine.devices.base import Closing, Device, Event, Mapping, Ring, SharedHandle, Stream
 from checkpoint_engine.devices.cpu import CpuMapping, CpuStream
 from checkpoint_engine.devices.polling import poll
-from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, bare
 from checkpoint_engine.memory.region import PAGE, HostRegion
 from checkpoint_engine.transport.collective import Collective
 from checkpoint_engine.transport.descriptors import SharedDescriptor
@@ -227,7 +227,7 @@ class PushCollective(Collective):
             error = (
                 e if isinstance(e, CheckpointEngineError) else PeerLostError("a ring of this host", f"{type(e).__name__}: {e}")
             )
-            self.error = self.error or error
+            self.error = self.error or bare(error)
 
     def rest(self) -> None:
         # In the thread that maps: on a rank that owns nothing it may be at it still, and nobody waited for that.
