@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
@@ -98,13 +98,8 @@ def join(
     if serve and not is_url(source):
         raise SettingsError("--serve needs --from URL: files and stores tell nobody of this one")
     metas = read_metas(source, name)
-    policy = Policy(
-        pause=pause,
-        resume_dirty=resume_dirty,
-        on_replica_failure=on_replica_failure,
-        ready_seconds=wait,
-        call_seconds=timeout,
-    )
+    asked: dict[str, Any] = {"pause": pause, "resume_dirty": resume_dirty, "on_replica_failure": on_replica_failure}
+    policy = Policy(**asked, ready_seconds=wait, call_seconds=timeout)
     with ExitStack() as stack, notes(rank):
         engines = [stack.enter_context(get_engine(engine, url, path, token)) for url, path in sockets(endpoint, uds)]
         ps = stack.enter_context(_server(source, rank, world_size))

@@ -77,9 +77,8 @@ def update(
 
     Each rank holds its share of every layer in host memory. Endpoint i serves ranks i*K to (i+1)*K - 1, and the first of
     them asks it: wait until ready, pause, update, forget cached prefixes, publish the version, resume. After a failure
-    engines with whole weights are resumed, and those with a mixture stay paused, unless --restore-from gives them whole ones,
-    for which its directory is held in host memory, too. With --on-replica-failure continue the command succeeds if some engine
-    was updated, and says which were not.
+    engines with whole weights are resumed, and those with a mixture stay paused, unless --restore-from, which is held in host
+    memory too, gives them whole ones. With --on-replica-failure continue it is no failure if some engine was updated.
     """
     places = sockets(endpoint or [], uds)
     asked = {"pause": pause, "resume_dirty": resume_dirty, "on_replica_failure": on_replica_failure, "ready_seconds": wait}

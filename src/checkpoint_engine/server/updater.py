@@ -26,11 +26,11 @@ from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.gather import Gatherer
 from checkpoint_engine.server.keeper import Keeper
 from checkpoint_engine.server.lane import Lane
-from checkpoint_engine.server.mapped import MappedPass, describe
+from checkpoint_engine.server.mapped import MappedPass, OpenRegions, describe
 from checkpoint_engine.server.neighbours import meet_neighbours
 from checkpoint_engine.server.offer import Offer, exchange_offers, verified
 from checkpoint_engine.server.pipeline import Pass
-from checkpoint_engine.server.pull import AheadPass, Puller
+from checkpoint_engine.server.pull import AheadPass, Method, Puller
 from checkpoint_engine.server.report import UpdateReport, make_report, method_name
 from checkpoint_engine.server.request import RequestFunction
 from checkpoint_engine.server.served import Commit, Served
@@ -98,9 +98,7 @@ class Updater:
             recorder = Recorder(time.perf_counter(), span_limit(len(offers)), enabled=settings.timelines)
             plan, manifest = prepared.plan, prepared.manifest
             method, opened = self._puller.open(stack, links, offers, plan, manifest, settings.join_timeout)
-            make_pass = partial(MappedPass if method.pull else AheadPass, opened) if opened else self._make_pass
-            if verified(offers, self._device.kind):
-                make_pass = partial(make_pass, expected=Expected(plan, manifest, prepared.sources))
+            make_pass = self._pass(offers, prepared, method, opened)
             lane = stack.enter_context(self._empty_lane()) if method.pull else self._join(stack, number, offers, plan, settings)
             recorder.lap("join")
             run = UpdateRun(
@@ -127,6 +125,12 @@ class Updater:
         report = make_report(offers[0].version, by, plan.nbytes, time.perf_counter() - start, outcome)
         log.info("rank %d: %s", self._fleet.rank, report)
         return report
+
+    def _pass(self, offers: list[Offer], prepared: Prepared, method: Method, opened: OpenRegions | None) -> Callable[..., Pass]:
+        make = partial(MappedPass if method.pull else AheadPass, opened) if opened else self._make_pass
+        if not verified(offers, self._device.kind):
+            return make
+        return partial(make, expected=Expected(prepared.plan, prepared.manifest, prepared.sources))
 
     def _listen(self, inbox: Inbox, settings: Settings) -> SessionListener:
         rank = self._fleet.rank
