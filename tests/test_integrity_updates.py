@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoint_engine.devices.digests import Verifier
 from checkpoint_engine.errors import UpdateError
 from checkpoint_engine.manifest import TensorMeta
 from checkpoint_engine.ps import ParameterServer
@@ -24,7 +25,7 @@ from checkpoint_engine.server.sources import Metas
 from checkpoint_engine.transport import messages as m
 from checkpoint_engine.transport.collective import GlooCollective
 from checkpoint_engine.transport.peer.serving import Serving
-from helpers.fleet import Orders, Worker, digests, request, server, share_of, tensors, workers
+from helpers.fleet import Orders, Worker, _worker, digests, request, server, share_of, tensors, worker_processes, workers
 from helpers.ranks import _context, run_ranks, start_ranks
 from helpers.recorded import Deed, checkpoint, engines, fresh
 
@@ -162,6 +163,30 @@ def test_one_bit_is_caught_named_and_healed(where: str, method: str, changes: di
     before, after = digests(tensors(0)), digests(tensors(1))
     for seen, _ in results:
         assert all(found in (before[name], after[name]) for name, found in seen[1][3].items()), "no engine was shown it"
+
+
+def _checks_as_on_a_gpu(*arguments: Any) -> None:
+    """A worker whose checks are queued, and answered after the last bucket; the sums are torch's."""
+    from checkpoint_engine.worker import check, session
+
+    def make(attach: m.Attach, tables: Any, memories: Any, device: Any, seconds: float) -> check.Check:
+        if not attach.digests:
+            return check.Check()
+        verifier = Verifier(check._layout(attach.plan, tables), attach.digests, memories)
+        return check.DeviceCheck(verifier, tables, device, seconds)
+
+    session.make_check = make
+    _worker(*arguments)
+
+
+@pytest.mark.parametrize("where", ["region", "slot"])
+def test_an_answer_after_the_last_bucket_is_early_enough(where: str) -> None:
+    with worker_processes(_checks_as_on_a_gpu, [(0,), (1,)]) as crew:
+        results = run_ranks(_course, 2, crew, where, {})
+    check_course(results, where, "copies")
+    for rank, (seen, name) in enumerate(results):
+        if where == "region" or rank == 1:
+            assert seen[1][3][name] != digests(tensors(0))[name], "it was loaded, and not committed"
 
 
 @pytest.mark.gpu

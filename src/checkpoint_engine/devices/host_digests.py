@@ -21,7 +21,7 @@ THREADS = 4
 """At most. Each sums up 5 to 7 GB/s; a loader copies at about the rate of two of them."""
 BLOCK_BYTES = 2 << 20
 """What a thread takes at a time, of one large tensor or of several small ones."""
-SMALL_BYTES = 1 << 16
+SMALL_BYTES = 1 << 18
 """Tensors below this are summed up together: a call for each would take longer than its bytes."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 from checkpoint_engine.errors import IntegrityError
 from checkpoint_engine.manifest import Manifest
@@ -18,7 +19,10 @@ class Expected:
 
     def __init__(self, plan: Plan, manifest: Manifest, sources: Callable[[str], tuple[int, ...]] | None = None) -> None:
         self._plan, self._manifest, self._sources = plan, manifest, sources
-        self.digests = packed_digests(plan.buckets, manifest)
+
+    @cached_property
+    def digests(self) -> bytes:
+        return packed_digests(self._plan.buckets, self._manifest)
 
     def mismatch(self, wrong: Sequence[str]) -> IntegrityError:
         """The error for tensors of these names, of which there is at least one."""

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from checkpoint_engine.devices.base import Device
+from checkpoint_engine.devices.busy import Busy
 from checkpoint_engine.errors import DeadlineError
 from checkpoint_engine.manifest import RegionMeta
 from checkpoint_engine.planning.plan import Bucket, Copy, Piece
@@ -83,7 +84,7 @@ class FetchPass(Pass):
         self._turns = [i for i, number in self._plan.stream if self._plan.buckets[i].pieces[number].owner == self._lane.rank]
         self._fetched: set[int] = set()
         self._position = 0  # of the driver in the stream
-        self._busy = _Busy()
+        self._busy = Busy()
         self._read_bytes = 0
 
     def run(self) -> dict[str, StageStats]:
@@ -188,24 +189,3 @@ class FetchPass(Pass):
 
     def _stats(self) -> dict[str, StageStats]:
         return {"fetch": StageStats(self._read_bytes, self._busy.seconds), **super()._stats()}
-
-
-class _Busy:
-    """Seconds in which at least one thread was inside."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside, self._since = 0, 0.0
-        self.seconds = 0.0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._since = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self.seconds += time.perf_counter() - self._since
