@@ -47,6 +47,11 @@ class _Fail(Exception):
         self.failure, self.announced = failure, announced
 
 
+def _telling(failure: m.Failure) -> tuple[bool, int, str, str]:
+    """The most telling failure first: a stage's own before what follows from it elsewhere."""
+    return failure.stage in ("request", "update"), failure.rank, failure.stage, failure.reason
+
+
 class UpdateRun:
     """inbox: of this update. hosts: of all ranks, for messages. served: what this rank's workers served before. make_pass: the
     kind of pass. device: uuid a worker on this rank must have, None: not checked. recorder: of this rank's timeline."""
@@ -106,7 +111,8 @@ class UpdateRun:
             raise
         finally:
             asked.leave()
-        raise self._error(failure)
+        # Ranks that fail at the same time tell each other before they stop: now all know of all, and name the same one.
+        raise self._error(min((failure, *self._inbox.failures), key=_telling))
 
     def _error(self, failure: m.Failure) -> UpdateError:
         committed, f = self._committed and not self._dirty, failure
@@ -121,8 +127,8 @@ class UpdateRun:
         wake = deadline
         if self._leader is not None:
             self._check_deadlines(deadline)
-            if (failure := self._inbox.failure) is not None:  # whether or not its turn has come: nothing is decided after it
-                raise _Fail(failure, announced=True)
+            if self._inbox.failures:  # whether or not its turn has come: nothing is decided after it
+                raise _Fail(self._inbox.failures[0], announced=True)
             for order in self._leader.orders(time.monotonic()):
                 self._links.tell(order)
             wake = min(deadline, self._leader.wake)

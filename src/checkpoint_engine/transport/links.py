@@ -36,12 +36,12 @@ class Inbox:
 
     def __init__(self, update: int) -> None:
         self.update = update
-        self.failure: Failure | None = None  # the first one that came, whether or not it was taken out
+        self.failures: list[Failure] = []  # all that came, whether or not they were taken out
         self._queue: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
 
     def put(self, rank: int, message: object) -> None:
         if isinstance(message, Failure):
-            self.failure = self.failure or message
+            self.failures.append(message)
         self._queue.put((rank, message))
 
     def get(self, seconds: float) -> tuple[int, object] | None:
@@ -148,7 +148,7 @@ class Links(Closing):
     def failure(self) -> Failure | None:
         """What another rank says of the update that is going on; only its inbox is kept."""
         with self._changed:
-            return next((inbox.failure for inbox in self._inboxes.values() if inbox.failure), None)
+            return next((inbox.failures[0] for inbox in self._inboxes.values() if inbox.failures), None)
 
     def send(self, rank: int, message: OverLink) -> None:
         """To one rank; to this rank itself it goes straight to the inbox. Raises PeerLostError."""
