@@ -169,11 +169,11 @@ def _checks_as_on_a_gpu(*arguments: Any) -> None:
     """A worker whose checks are queued, and answered after the last bucket; the sums are torch's."""
     from checkpoint_engine.worker import check, session
 
-    def make(attach: m.Attach, tables: Any, memories: Any, device: Any, seconds: float) -> check.Check:
+    def make(attach: m.Attach, tables: Any, memories: Any, *rest: Any) -> check.Check:
         if not attach.digests:
             return check.Check()
         verifier = Verifier(check._layout(attach.plan, tables), attach.digests, memories)
-        return check.DeviceCheck(verifier, tables, device, seconds)
+        return check.DeviceCheck(verifier, tables, *rest)
 
     session.make_check = make
     _worker(*arguments)
