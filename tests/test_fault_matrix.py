@@ -1,6 +1,6 @@
 """The fault matrix, as far as a CPU shows it (`faults.matrix` prints it as a table); on GPUs, the cells of the data path.
 
-Some 130 cells, four minutes on two busy cores: what is stopped is waited for until a deadline of seconds.
+Some 140 cells, four minutes on two busy cores: what is stopped is waited for until a deadline of seconds.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ class Strike:
         if not self.pid and self.kind == "exception":
             raise ValueError(f"struck in {self.stage}")
         os.kill(self.pid or os.getpid(), SIGNALS[self.kind])
-        if self.pid and self.kind in ("exception", "wrong answer"):
-            time.sleep(0.05)  # its handler runs when its main thread does
+        if self.pid:
+            time.sleep(0.05)  # it is struck when all its threads are, or when its main thread runs the handler
 
     def note(self) -> None:
         Path(self.mark).write_text(str(time.monotonic()))
