@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -290,5 +291,9 @@ def test_completion_imports_nothing_heavy(words: str, position: int, offered: li
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_shown_for_each_shell(shell: str) -> None:
     module = [sys.executable, "-m", "checkpoint_engine", "--show-completion", shell]
-    shown = subprocess.run(module, capture_output=True, text=True, timeout=50, check=True).stdout
+    named = {
+        **os.environ,
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+    }  # else it is the shell that started pytest, if any
+    shown = subprocess.run(module, capture_output=True, text=True, timeout=50, check=True, env=named).stdout
     assert "_CHECKPOINT_ENGINE_COMPLETE" in shown and "checkpoint-engine" in shown

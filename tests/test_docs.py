@@ -69,6 +69,7 @@ NOT_RUN = {
     "README.md: make demo": "test_demo runs the demo; `make test` is what runs this",
     "README.md: checkpoint on disk, trainer's tensors": "a picture",
     "docs/contributing.md: make check": "CI runs them; test-vllm has a job of its own",
+    "docs/faults.md: ps.regroup": "part of a program; test_regroup has all of it",
     "docs/notes-cuda.md: from checkpoint_engine.devices.nccl": "part of a program; needs GPUs",
     "docs/notes-cuda.md: GUARD": "part of a program; needs GPUs",
     'docs/operate.md: {"id"': "an answer, shortened; test_http_updates has the route",

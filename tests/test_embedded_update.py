@@ -86,7 +86,14 @@ def test_replica_of_two_processes(bert: Path, tmp_path: Path) -> None:
         common = ["checkpoint_engine", "engine", str(bert), "--load-format", "dummy", "--until-stdin-ends"]
         follower = fleet.start("follower", *common).line(WAIT, "to start").split()[-1]
         leader = fleet.start("leader", *common, "--follower", follower).line(WAIT, "to start").split()[-1]
-        given = {"world_size": 2, "master_port": free_port_pair(), "urls": [leader], "checkpoint": str(bert), "seconds": WAIT}
+        given = {
+            "world_size": 2,
+            "master_port": free_port_pair(),
+            "urls": [leader],
+            "checkpoint": str(bert),
+            "seconds": WAIT,
+            "peer_transport": "auto",
+        }
         servers = [
             fleet.start(f"server {rank}", "checkpoint_engine.cli.demo.server", json.dumps({"rank": rank, **given}))
             for rank in range(2)

@@ -89,7 +89,7 @@ def test_an_update_that_fails(stage: str, state: str) -> None:
     (record,) = ended
     assert (record.state, tracker.worker) == (state, (None, None))
     assert record.error is not None
-    assert record.error.names == {"rank": 1, "host": "h", "stage": stage, "dirty": False}
+    assert record.error.names == {"rank": 1, "host": "h", "stage": stage, "dirty": False, "committed": False, "restored": None}
     tracker.fail(record.id, r.Problem("X", "too late", 0))
     assert tracker.updates() == [record]
     begun = tracker.begin("mine", None)  # and one that fails before its server was asked
