@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoint_engine.devices.host_digests import HostVerifier
 from checkpoint_engine.errors import ManifestError, UpdateError, WorkerUpdateError
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.server import ParameterServer, updater
@@ -77,6 +78,18 @@ def test_an_unforeseen_error_in_a_pass_ends_the_update(monkeypatch: pytest.Monke
         ps.update("c", engine)
     assert "a clock ran backwards" in str(engine.error)
     assert engine.state.dirty
+
+
+def test_a_check_that_cannot_begin_ends_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(HostVerifier, "begin", no_thread)
+    engine = _Engine()
+    with _alone(verify="on") as ps, pytest.raises(UpdateError, match="the worker failed in verify of bucket 0: RuntimeError") as caught:
+        ps.update("c", engine)
+    assert caught.value.stage == "verify"
+    assert isinstance(engine.error, WorkerUpdateError) and not engine.state.dirty
 
 
 @pytest.mark.parametrize("gathers", [False, True], ids=["no gather", "a gather of nothing, as joiners do"])

@@ -291,7 +291,8 @@ class UpdateRun:
             self._pass.stop()
         text = str(UpdateError(rank=failure.rank, host=failure.host, stage=failure.stage, reason=failure.reason))
         self._crew.dismiss(text, self._pass_thread, self._settings.stop_timeout)
-        self._dirty = self._dirty or self._loaded_before or (self._pass is not None and self._pass.loads_sent > 0)
+        loaded = self._loaded_before or (self._pass is not None and self._pass.loads_sent > 0)
+        self._dirty = self._dirty or loaded or self._crew.dirty
         if self._pass_thread is not None and self._pass_thread.is_alive():
             self._lane.abandon()
         level(self._inbox, self._links, self._lane, self._plan, self._dirty, text, self._settings.stop_timeout)

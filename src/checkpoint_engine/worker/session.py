@@ -186,8 +186,14 @@ class _Session:
             elif isinstance(message, Load):
                 if not 0 <= message.bucket < count:
                     raise ProtocolError(f"the server sent bucket {message.bucket} of {count}")
-                check.begin(message.bucket, self.loads.used(message.bucket))
+                self._begin_check(message.bucket, check)
                 ahead.append(message.bucket)
+
+    def _begin_check(self, bucket: int, check: Check) -> None:
+        try:
+            check.begin(bucket, self.loads.used(bucket))
+        except Exception as e:  # no further thread, say
+            raise _Failure("verify", bucket, e) from e
 
     def _end_check(self, check: Check) -> None:
         try:
