@@ -101,11 +101,11 @@ class UpdateRun:
         try:
             while (end := self._step(deadline)) is None:
                 pass
-            timelines = self._leader.timelines(self._hosts) if self._leader is not None else ()
-            return Outcome(self._pass_number, end.stats, end.ways, end.notes, self._crew.reads, timelines)
+            return self._outcome(end)
         except _Fail as e:
             failure = e.failure
-            self._abort(failure, e.announced)
+            if (end := self._abort(failure, e.announced)) is not None:
+                return self._outcome(end)
         except BaseException as e:  # Ctrl-C, or a mistake of ours: the others must not wait for this rank
             self._abort(self._failure("update", f"{type(e).__name__}: {e}"), announced=False)
             raise
@@ -113,6 +113,10 @@ class UpdateRun:
             asked.leave()
         # Ranks that fail at the same time tell each other before they stop: now all know of all, and name the same one.
         raise self._error(min((failure, *self._inbox.failures), key=_telling))
+
+    def _outcome(self, end: m.End) -> Outcome:
+        timelines = self._leader.timelines(self._hosts) if self._leader is not None else ()
+        return Outcome(self._pass_number, end.stats, end.ways, end.notes, self._crew.reads, timelines)
 
     def _error(self, failure: m.Failure) -> UpdateError:
         committed, f = self._committed and not self._dirty, failure
@@ -263,13 +267,18 @@ class UpdateRun:
         self._recorder.lap("commit")
         self._links.send(LEADER, m.Settled(self._number, self._pass_number, self._recorder.take()))
 
-    def _await_verdict(self) -> None:
-        """This rank is ready, and the update has failed somewhere. Whether to commit is the leader's to say, who may have said so
-        before it heard of the failure: then all that can commit do, so that no worker is left with something else."""
+    def _await_verdict(self) -> m.End | None:
+        """The update has failed somewhere, and this rank is ready, or has committed. Whether to commit, and whether the update is
+        over, is the leader's to say, who may have said so before it heard of the failure: then all that can commit do, so that no
+        worker is left with something else, and what is over is over on all ranks."""
+        if not (self._ready or (self._committed and self._pass is None)):
+            return None
         patience = 0.0 if self._leader is not None or LEADER in self._links.lost else self._settings.stop_timeout
-        if await_verdict(self._inbox, patience):
+        verdict = await_verdict(self._inbox, patience)
+        if isinstance(verdict, m.CommitPass):
             with contextlib.suppress(_Fail, CheckpointEngineError):
                 self._commit()
+        return verdict if isinstance(verdict, m.End) else None
 
     # --- failure -------------------------------------------------------------------------------------------------------
 
@@ -281,12 +290,13 @@ class UpdateRun:
         rank = self._rank if rank is None else rank
         return m.Failure(self._number, rank, self._hosts[rank], stage, reason)
 
-    def _abort(self, failure: m.Failure, announced: bool) -> None:
-        """Tell everybody, stop this rank's pass, tell its workers, and leave the communicator consistent or give it up."""
+    def _abort(self, failure: m.Failure, announced: bool) -> m.End | None:
+        """Tell everybody, stop this rank's pass, tell its workers, and leave the communicator consistent or give it up. Or return
+        the leader's End, where it came first."""
         if not announced:
             self._links.tell(failure, to_self=False)
-        if self._ready:
-            self._await_verdict()
+        if (end := self._await_verdict()) is not None:
+            return end
         if self._pass is not None:
             self._pass.stop()
         text = str(UpdateError(rank=failure.rank, host=failure.host, stage=failure.stage, reason=failure.reason))
@@ -296,3 +306,4 @@ class UpdateRun:
         if self._pass_thread is not None and self._pass_thread.is_alive():
             self._lane.abandon()
         level(self._inbox, self._links, self._lane, self._plan, self._dirty, text, self._settings.stop_timeout)
+        return None
