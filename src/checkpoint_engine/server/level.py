@@ -10,7 +10,7 @@ from checkpoint_engine.server.events import WorkerCame
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.transport.links import Inbox, Links
 from checkpoint_engine.transport.meeting import LEADER
-from checkpoint_engine.transport.messages import CommitPass, End, Lost, Stopped
+from checkpoint_engine.transport.messages import CommitPass, End, Failure, Lost, Stopped
 
 log = logging.getLogger(__name__)
 UNQUIET = -1
@@ -72,3 +72,8 @@ def await_verdict(inbox: Inbox, seconds: float) -> CommitPass | End | None:
     finally:
         for entry in kept:
             inbox.put(*entry)
+
+
+def telling(failure: Failure) -> tuple[bool, int, str, str]:
+    """The most telling failure first: a stage's own before what follows from it elsewhere."""
+    return failure.stage in ("request", "update"), failure.rank, failure.stage, failure.reason

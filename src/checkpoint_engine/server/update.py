@@ -21,7 +21,7 @@ from checkpoint_engine.server.events import PassEnded, RequestDone, SessionFaile
 from checkpoint_engine.server.heard import Heard
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.leader import Leader
-from checkpoint_engine.server.level import await_verdict, level
+from checkpoint_engine.server.level import await_verdict, level, telling
 from checkpoint_engine.server.pipeline import Pass, PassError
 from checkpoint_engine.server.report import Outcome
 from checkpoint_engine.server.request import Request, RequestFunction
@@ -45,11 +45,6 @@ class _Fail(Exception):
 
     def __init__(self, failure: m.Failure, *, announced: bool) -> None:
         self.failure, self.announced = failure, announced
-
-
-def _telling(failure: m.Failure) -> tuple[bool, int, str, str]:
-    """The most telling failure first: a stage's own before what follows from it elsewhere."""
-    return failure.stage in ("request", "update"), failure.rank, failure.stage, failure.reason
 
 
 class UpdateRun:
@@ -101,20 +96,16 @@ class UpdateRun:
         try:
             while (end := self._step(deadline)) is None:
                 pass
-            return self._outcome(end)
         except _Fail as e:
-            failure = e.failure
-            if (end := self._abort(failure, e.announced)) is not None:
-                return self._outcome(end)
+            failure, end = e.failure, self._abort(e.failure, e.announced)
         except BaseException as e:  # Ctrl-C, or a mistake of ours: the others must not wait for this rank
             self._abort(self._failure("update", f"{type(e).__name__}: {e}"), announced=False)
             raise
         finally:
             asked.leave()
-        # Ranks that fail at the same time tell each other before they stop: now all know of all, and name the same one.
-        raise self._error(min((failure, *self._inbox.failures), key=_telling))
-
-    def _outcome(self, end: m.End) -> Outcome:
+        if end is None:
+            # Ranks that fail at the same time tell each other before they stop: now all know of all, and name the same one.
+            raise self._error(min((failure, *self._inbox.failures), key=telling))
         timelines = self._leader.timelines(self._hosts) if self._leader is not None else ()
         return Outcome(self._pass_number, end.stats, end.ways, end.notes, self._crew.reads, timelines)
 
