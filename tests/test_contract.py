@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoint_engine
+from checkpoint_engine import errors
 from checkpoint_engine.engines.base import Engine, Handles
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.ps import ParameterServer
@@ -50,6 +51,29 @@ def test_positional_arguments() -> None:
     assert list(_parameters(VllmColocateWorkerExtension.update_weights_from_ipc)) == ["self", "zmq_handles"]
     assert list(_parameters(checkpoint_engine.request_inference_to_update)) == ["url", "socket_paths", "timeout", "uds"]
     assert typing.get_type_hints(ParameterServer.get_metas)["return"] is Manifest
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.UpdateError(rank=1, host="h", stage="load", reason="no room", dirty=True, aftermath="'a' was restored"),
+        errors.WorkerUpdateError("no room", dirty=True),
+        errors.DeadlineError("rank 1", 2.0),
+        errors.PeerLostError("rank 1"),
+        errors.CheckpointNotFoundError("c"),
+        errors.IntegrityError(["a", "b"], [1], ["h"]),
+        errors.EngineRefusedError("http://e", 500, "no memory"),
+        errors.ReplicaError("http://e", 1, "pause", "no answer"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_come_whole_through_pickle(error: errors.CheckpointEngineError) -> None:
+    """Ray and process pools send them so; one that cannot be loaded breaks the pool."""
+    error.add_note("what is left to do")
+    other = pickle.loads(pickle.dumps(error))  # noqa: S301
+    assert type(other) is type(error)
+    assert (str(other), vars(other)) == (str(error), vars(error))
+    assert other.__notes__ == ["what is left to do"]
 
 
 def _as_sglang_does(rank: int, world_size: int, crew: list[Worker]) -> Any:

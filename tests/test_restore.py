@@ -105,6 +105,26 @@ def test_engines_that_loaded_nothing_are_left_alone() -> None:
         assert run_ranks(_nothing_was_loaded, 2, crew) == [("", False, (None, False))] * 2
 
 
+def _was_a_mixture(rank: int, world_size: int, crew: list[Worker]) -> Any:
+    """An update leaves mixtures; the next one fails before it loads anything, for the worker of rank 1 does not come."""
+    with server(**SMALL, attach_timeout=2.0) as ps:
+        for seed, name in enumerate(["old", "new"]):
+            ps.register_checkpoint(name, named_tensors=share_of(tensors(seed), rank, world_size))
+            ps.gather_metas(name)
+        ps.update("old", Asks(crew[rank], rank), version="old")
+        _failed(ps, Asks(crew[rank], rank, Orders(raise_in_bucket=LAST)))
+        again = _failed(ps, Asks(crew[rank], rank, Orders(connect=rank == 0)))
+        error = _failed(ps, Asks(crew[rank], rank, Orders(connect=rank == 0)), on_failure="restore")
+        return again.dirty, error.stage, error.restored, error.dirty, crew[rank].state()[:3]
+
+
+def test_a_mixture_of_an_earlier_update_is_put_back_too() -> None:
+    with workers(2) as crew:
+        results = run_ranks(_was_a_mixture, 2, crew)
+    whole = ("attach", "old", False, ("old", False, digests(tensors(0))))
+    assert results == [(True, *whole), (False, *whole)]  # rank 1 has not heard from its worker
+
+
 def _declared(rank: int, world_size: int, crew: list[Worker]) -> Any:
     """The server is new, and is told what the engines serve."""
     with server(**SMALL) as ps:

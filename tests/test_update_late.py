@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoint_engine.devices.host_digests import HostVerifier
 from checkpoint_engine.errors import ManifestError, UpdateError, WorkerUpdateError
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.server import ParameterServer, updater
 from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.server.update import UpdateRun
 from checkpoint_engine.transport import messages as m
+from checkpoint_engine.transport.links import Inbox
 from checkpoint_engine.transport.session import connect
 from checkpoint_engine.worker import WeightsState, update_weights_from_ipc
 from helpers.fleet import Handles, Orders, Worker, digests, quick, request, server, share_of, tensors, workers
@@ -77,6 +79,19 @@ def test_an_unforeseen_error_in_a_pass_ends_the_update(monkeypatch: pytest.Monke
         ps.update("c", engine)
     assert "a clock ran backwards" in str(engine.error)
     assert engine.state.dirty
+
+
+def test_a_check_that_cannot_begin_ends_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(HostVerifier, "begin", no_thread)
+    engine = _Engine()
+    words = "the worker failed in verify of bucket 0: RuntimeError"
+    with _alone(verify="on") as ps, pytest.raises(UpdateError, match=words) as caught:
+        ps.update("c", engine)
+    assert caught.value.stage == "verify"
+    assert isinstance(engine.error, WorkerUpdateError) and not engine.state.dirty
 
 
 @pytest.mark.parametrize("gathers", [False, True], ids=["no gather", "a gather of nothing, as joiners do"])
@@ -199,3 +214,27 @@ def test_a_failure_while_rank_0_decides_leaves_all_workers_alike(attempt: int) -
     results = run_ranks(_fails_while_all_become_ready, 3)
     assert len(set(results)) == 1, results
     assert results[0] in [(True, False, "new", False), (False, True, None, True)]
+
+
+def _cancels_too_late(rank: int, world_size: int, crew: list[Worker], late: int) -> Any:
+    """Rank `late` cancels when rank 0 has said that all is over, and before it hears of that itself."""
+    put = Inbox.put
+
+    def cross(inbox: Inbox, sender: int, message: object) -> None:
+        if isinstance(message, m.End) and rank == late:
+            ps.watch.cancel("too late")
+        put(inbox, sender, message)
+
+    with server(bucket_bytes=64 << 10) as ps, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Inbox, "put", cross)
+        ps.register_checkpoint("c", named_tensors=share_of(tensors(1), rank, world_size))
+        ps.gather_metas("c")
+        versions = [ps.update("c", request(crew[rank], rank), version=version).version for version in ("one", "two")]
+        return versions, crew[rank].state()[:3]
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_what_comes_after_the_end_ends_no_rank_otherwise(late: int) -> None:
+    with workers(3) as crew:
+        results = run_ranks(_cancels_too_late, 3, crew, late)
+    assert results == [(["one", "two"], ("two", False, digests(tensors(1))))] * 3

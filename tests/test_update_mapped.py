@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 import test_update_faults as faults
+from checkpoint_engine.devices.base import SharedHandle, get_device
+from checkpoint_engine.errors import ProtocolError
+from checkpoint_engine.transport.messages import Attach
+from checkpoint_engine.worker.attached import mappings
 from helpers.fleet import LAST, Orders, Worker, digests, request, server, share_of, tensors, workers
 from helpers.ranks import run_ranks
 
@@ -87,3 +92,17 @@ def _scribbler(rank: int, world_size: int, crew: list[Worker]) -> Any:
 def test_a_loader_that_writes_into_its_tensors_harms_nobody() -> None:
     with workers(1) as crew:
         assert run_ranks(_scribbler, 1, crew) == [True]
+
+
+@pytest.mark.parametrize(
+    ("memories", "ahead", "sent"),
+    [(2, 0, 3), (3, 0, 2), (0, 2, 1), (1, 1, 3)],
+    ids=["one cannot be mapped", "too few", "too few ahead", "too many"],
+)
+def test_no_descriptor_is_left_open_when_the_memory_cannot_be_mapped(memories: int, ahead: int, sent: int) -> None:
+    """None is sealed, so that the first that is to be mapped is refused."""
+    descriptors = tuple(os.memfd_create(f"region-{number}", os.MFD_ALLOW_SEALING) for number in range(sent))
+    handle = SharedHandle("region", 4096)
+    with pytest.raises(ProtocolError):
+        list(mappings(Attach(0, (handle,) * memories, "plan", (), (handle,) * ahead), descriptors, get_device("cpu")))
+    assert [number for number in descriptors if os.path.exists(f"/proc/self/fd/{number}")] == []

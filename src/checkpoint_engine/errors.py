@@ -41,7 +41,18 @@ E = TypeVar("E", bound=BaseException)
 
 
 class CheckpointEngineError(RuntimeError):
-    """Root of the tree."""
+    """Root of the tree. Errors come whole through pickle, with their attributes and notes, as Ray and process pools send them."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (type(self), self.args, self.__dict__)
+
+
+def _unpickled(kind: type[CheckpointEngineError], args: tuple[Any, ...], attributes: dict[str, Any]) -> CheckpointEngineError:
+    # Not by its own arguments, which are not kept; and an OSError, as deadlines are, is made by none but OSError.
+    error: CheckpointEngineError = OSError.__new__(kind) if issubclass(kind, OSError) else RuntimeError.__new__(kind)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 def said(error: BaseException) -> str:

@@ -41,6 +41,14 @@ class Crew:
             self.noticed += (note,)
             self.notes += (note,)
 
+    @property
+    def dirty(self) -> bool:
+        """Whether one that has not committed since came with a mixture, which an earlier update left."""
+        return any(worker.hello.dirty for worker in self._here())
+
+    def _here(self) -> list[WorkerCame]:
+        return [*self._waiting, *filter(None, [self._current])]
+
     def take(self, *, again: bool) -> WorkerCame:
         """The worker of the pass that begins; again: the one of the pass before, as it asked. Raises ProtocolError when there is
         none."""
@@ -77,7 +85,7 @@ class Crew:
 
     def dismiss(self, reason: str, running: threading.Thread | None, seconds: float) -> None:
         """Send all off, and wait for the pass that runs to notice."""
-        channels: list[WorkerChannel] = [w.channel for w in (*self._waiting, *filter(None, [self._current]))]
+        channels: list[WorkerChannel] = [worker.channel for worker in self._here()]
         for channel in channels:
             dismiss(channel, reason)
         if running is not None:

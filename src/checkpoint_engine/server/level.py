@@ -10,7 +10,7 @@ from checkpoint_engine.server.events import WorkerCame
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.transport.links import Inbox, Links
 from checkpoint_engine.transport.meeting import LEADER
-from checkpoint_engine.transport.messages import CommitPass, Lost, Stopped
+from checkpoint_engine.transport.messages import CommitPass, End, Failure, Lost, Stopped
 
 log = logging.getLogger(__name__)
 UNQUIET = -1
@@ -53,8 +53,9 @@ def _hear(inbox: Inbox, links: Links, lane: Lane, deadline: float, reason: str) 
     return posted
 
 
-def await_verdict(inbox: Inbox, seconds: float) -> bool:
-    """Whether the leader has told this rank to commit, as far as can be known within `seconds`.
+def await_verdict(inbox: Inbox, seconds: float) -> CommitPass | End | None:
+    """What the leader had told this rank before it stopped: to commit, or that the update is over; None: neither, as far as can
+    be known within `seconds`.
 
     Its messages come in order: none follows its Stopped, nor its death. What else comes stays in the inbox.
     """
@@ -62,12 +63,17 @@ def await_verdict(inbox: Inbox, seconds: float) -> bool:
     try:
         while (entry := inbox.get(deadline - time.monotonic())) is not None:
             sender, event = entry
-            if isinstance(event, CommitPass):
-                return True
+            if isinstance(event, CommitPass | End):
+                return event
             kept.append(entry)
             if sender == LEADER and isinstance(event, Stopped | Lost):
                 break
-        return False
+        return None
     finally:
         for entry in kept:
             inbox.put(*entry)
+
+
+def telling(failure: Failure) -> tuple[bool, int, str, str]:
+    """The most telling failure first: a stage's own before what follows from it elsewhere."""
+    return failure.stage in ("request", "update"), failure.rank, failure.stage, failure.reason

@@ -21,7 +21,7 @@ from checkpoint_engine.server.events import PassEnded, RequestDone, SessionFaile
 from checkpoint_engine.server.heard import Heard
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.leader import Leader
-from checkpoint_engine.server.level import await_verdict, level
+from checkpoint_engine.server.level import await_verdict, level, telling
 from checkpoint_engine.server.pipeline import Pass, PassError
 from checkpoint_engine.server.report import Outcome
 from checkpoint_engine.server.request import Request, RequestFunction
@@ -45,11 +45,6 @@ class _Fail(Exception):
 
     def __init__(self, failure: m.Failure, *, announced: bool) -> None:
         self.failure, self.announced = failure, announced
-
-
-def _telling(failure: m.Failure) -> tuple[bool, int, str, str]:
-    """The most telling failure first: a stage's own before what follows from it elsewhere."""
-    return failure.stage in ("request", "update"), failure.rank, failure.stage, failure.reason
 
 
 class UpdateRun:
@@ -101,18 +96,18 @@ class UpdateRun:
         try:
             while (end := self._step(deadline)) is None:
                 pass
-            timelines = self._leader.timelines(self._hosts) if self._leader is not None else ()
-            return Outcome(self._pass_number, end.stats, end.ways, end.notes, self._crew.reads, timelines)
         except _Fail as e:
-            failure = e.failure
-            self._abort(failure, e.announced)
+            failure, end = e.failure, self._abort(e.failure, e.announced)
         except BaseException as e:  # Ctrl-C, or a mistake of ours: the others must not wait for this rank
             self._abort(self._failure("update", f"{type(e).__name__}: {e}"), announced=False)
             raise
         finally:
             asked.leave()
-        # Ranks that fail at the same time tell each other before they stop: now all know of all, and name the same one.
-        raise self._error(min((failure, *self._inbox.failures), key=_telling))
+        if end is None:
+            # Ranks that fail at the same time tell each other before they stop: now all know of all, and name the same one.
+            raise self._error(min((failure, *self._inbox.failures), key=telling))
+        timelines = self._leader.timelines(self._hosts) if self._leader is not None else ()
+        return Outcome(self._pass_number, end.stats, end.ways, end.notes, self._crew.reads, timelines)
 
     def _error(self, failure: m.Failure) -> UpdateError:
         committed, f = self._committed and not self._dirty, failure
@@ -263,13 +258,18 @@ class UpdateRun:
         self._recorder.lap("commit")
         self._links.send(LEADER, m.Settled(self._number, self._pass_number, self._recorder.take()))
 
-    def _await_verdict(self) -> None:
-        """This rank is ready, and the update has failed somewhere. Whether to commit is the leader's to say, who may have said so
-        before it heard of the failure: then all that can commit do, so that no worker is left with something else."""
+    def _await_verdict(self) -> m.End | None:
+        """The update has failed somewhere, and this rank is ready, or has committed. Whether to commit, and whether the update is
+        over, is the leader's to say, who may have said so before it heard of the failure: then all that can commit do, so that no
+        worker is left with something else, and what is over is over on all ranks."""
+        if not (self._ready or (self._committed and self._pass is None)):
+            return None
         patience = 0.0 if self._leader is not None or LEADER in self._links.lost else self._settings.stop_timeout
-        if await_verdict(self._inbox, patience):
+        verdict = await_verdict(self._inbox, patience)
+        if isinstance(verdict, m.CommitPass):
             with contextlib.suppress(_Fail, CheckpointEngineError):
                 self._commit()
+        return verdict if isinstance(verdict, m.End) else None
 
     # --- failure -------------------------------------------------------------------------------------------------------
 
@@ -281,17 +281,20 @@ class UpdateRun:
         rank = self._rank if rank is None else rank
         return m.Failure(self._number, rank, self._hosts[rank], stage, reason)
 
-    def _abort(self, failure: m.Failure, announced: bool) -> None:
-        """Tell everybody, stop this rank's pass, tell its workers, and leave the communicator consistent or give it up."""
+    def _abort(self, failure: m.Failure, announced: bool) -> m.End | None:
+        """Tell everybody, stop this rank's pass, tell its workers, and leave the communicator consistent or give it up. Or return
+        the leader's End, where it came first."""
         if not announced:
             self._links.tell(failure, to_self=False)
-        if self._ready:
-            self._await_verdict()
+        if (end := self._await_verdict()) is not None:
+            return end
         if self._pass is not None:
             self._pass.stop()
         text = str(UpdateError(rank=failure.rank, host=failure.host, stage=failure.stage, reason=failure.reason))
         self._crew.dismiss(text, self._pass_thread, self._settings.stop_timeout)
-        self._dirty = self._dirty or self._loaded_before or (self._pass is not None and self._pass.loads_sent > 0)
+        loaded = self._loaded_before or (self._pass is not None and self._pass.loads_sent > 0)
+        self._dirty = self._dirty or loaded or self._crew.dirty
         if self._pass_thread is not None and self._pass_thread.is_alive():
             self._lane.abandon()
         level(self._inbox, self._links, self._lane, self._plan, self._dirty, text, self._settings.stop_timeout)
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -35,17 +36,21 @@ def tables_of(attach: Attach) -> tuple[Table, ...]:
 
 def mappings(attach: Attach, taken: Sequence[int], device: Device) -> Iterator[Mapping]:
     """Its memories, one after the other. taken: the descriptors that came with it, which are owned from here on."""
-    later = len(taken) - len(attach.ahead)
-    if later < 0:
-        raise ProtocolError("the server sent fewer descriptors than memories")
-    if attach.ahead or all(handle.kind != "region" for handle in attach.memories):
-        device.map_ahead(attach.ahead, taken[later:])
-    descriptors = collections.deque(taken[:later])
-    for handle in attach.memories:
-        needs = handle.kind != "cuda_ipc"
-        if needs and not descriptors:
+    later, rest = len(taken) - len(attach.ahead), list(taken)
+    try:
+        if later < 0:
             raise ProtocolError("the server sent fewer descriptors than memories")
-        yield device.open_ring(handle, (descriptors.popleft(),) if needs else ())
+        if attach.ahead or all(handle.kind != "region" for handle in attach.memories):
+            del rest[later:]
+            device.map_ahead(attach.ahead, taken[later:])
+        for handle in attach.memories:
+            needs = handle.kind != "cuda_ipc"
+            if needs and not rest:
+                raise ProtocolError("the server sent fewer descriptors than memories")
+            yield device.open_ring(handle, (rest.pop(0),) if needs else ())
+    finally:
+        for descriptor in rest:  # of what could not be mapped any more
+            os.close(descriptor)
 
 
 def views_of(memories: Sequence[torch.Tensor], device: Device, index: int) -> Views:

@@ -105,6 +105,15 @@ class _Failure(Exception):
         self.wrong = error.tensors if isinstance(error, IntegrityError) and stage == "verify" else ()
 
 
+@contextlib.contextmanager
+def _failing(stage: str, bucket: int = -1) -> Iterator[None]:
+    """What the block raises is this stage's failure."""
+    try:
+        yield
+    except Exception as e:
+        raise _Failure(stage, bucket, e) from e
+
+
 class _Session:
     channel: ServerChannel
 
@@ -186,14 +195,13 @@ class _Session:
             elif isinstance(message, Load):
                 if not 0 <= message.bucket < count:
                     raise ProtocolError(f"the server sent bucket {message.bucket} of {count}")
-                check.begin(message.bucket, self.loads.used(message.bucket))
+                with _failing("verify", message.bucket):
+                    check.begin(message.bucket, self.loads.used(message.bucket))
                 ahead.append(message.bucket)
 
     def _end_check(self, check: Check) -> None:
-        try:
+        with _failing("verify"):
             check.finish()
-        except Exception as e:
-            raise _Failure("verify", -1, e) from e
         self._work.checked += check.nbytes
         self._work.checking += check.seconds
 
@@ -219,19 +227,15 @@ class _Session:
         return self._next("a bucket", Load, Release)
 
     def _load(self, bucket: int, table: Table, views: Views, check: Check) -> None:
-        try:
+        with _failing("verify", bucket):
             check.before_load(bucket)
-        except Exception as e:
-            raise _Failure("verify", bucket, e) from e
         start = time.perf_counter()
-        try:
+        with _failing("load", bucket):
             self.state.soil()
             self.soiled = True
             inside = self.loads.load(bucket, table, views)
             seconds = self._work.did("load", start, bucket)
             self._queued.append((Loaded(bucket, seconds, inside), self.device.mark(), start + seconds))
-        except Exception as e:
-            raise _Failure("load", bucket, e) from e
 
     def _report(self, seconds: float) -> None:
         """Say Loaded for queued buckets whose copies are over, waiting up to `seconds` for the oldest.
@@ -240,10 +244,8 @@ class _Session:
         """
         while self._queued:
             loaded, copied, queued = self._queued[0]
-            try:
+            with _failing("load", loaded.bucket):
                 done = copied.wait(seconds)
-            except Exception as e:
-                raise _Failure("load", loaded.bucket, e) from e
             if not done:
                 if seconds:
                     raise _Failure("load", loaded.bucket, DeadlineError("the device to copy it", seconds))
@@ -255,12 +257,10 @@ class _Session:
 
     def _finish(self) -> None:
         start = time.perf_counter()
-        try:
+        with _failing("post_hook"):
             if self.post_hook is not None:
                 self.post_hook()
             self.device.synchronize()
-        except Exception as e:
-            raise _Failure("post_hook", -1, e) from e
         seconds = self._work.did("post_hook", start)
         reads = self.loads.reads if self.device.reads_regions else -1
         self._send(Ready(seconds, self._spent(), self.loads.way.value, reads))
