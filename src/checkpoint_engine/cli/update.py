@@ -83,8 +83,10 @@ def update(
     places = sockets(endpoint or [], uds)
     asked = {"pause": pause, "resume_dirty": resume_dirty, "on_replica_failure": on_replica_failure, "ready_seconds": wait}
     if url is not None:
-        if restore_from is not None:
-            raise typer.BadParameter("--restore-from does not go with --url: a fleet puts back what it has registered itself")
+        ours = {"--inference-parallel-size": inference_parallel_size, "--name": name, "--restore-from": restore_from}
+        if given := [option for option, value in ours.items() if value is not None]:
+            why = "a fleet has checkpoints and ranks of its own, and puts back what it committed last where REST asks it to"
+            raise typer.BadParameter(f"{given[0]} does not go with --url: {why}")
         from checkpoint_engine.cli.remote_update import remote_update
 
         engines = [{"kind": engine, "url": place, "uds": path, "token": token} for place, path in places]
