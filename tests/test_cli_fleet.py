@@ -215,6 +215,18 @@ def test_tokens_and_sockets(run: Any, tmp_path: Path, socket_dir: Path, monkeypa
     assert (code, "is gone" in err) == (4, True)
 
 
+@pytest.mark.parametrize("token", ["a-secret-of-some-length\nand another", "sécret-of-some-length"])
+def test_a_token_that_no_header_can_hold_is_not_told(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    (tmp_path / "token").write_text(token)
+    told = [run("status", "--url", "http://127.0.0.1:1", "--token-file", str(tmp_path / "token"))]
+    monkeypatch.setenv("CHECKPOINT_ENGINE_SERVE_TOKEN", token)
+    told.append(run("join", "--from", "http://127.0.0.1:1", "--endpoint", "http://127.0.0.1:1"))
+    for code, _, err in told:
+        assert (code, "cret-of" in err, "on one line" in err) == (2, False, True)
+
+
 def test_servers_that_are_none(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from embedded_support import answering
 
@@ -244,6 +256,21 @@ def test_servers_that_are_none(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_exit_codes_of_a_servers_errors(kind: str, status: int, code: int) -> None:
     assert problem_code({"type": kind}, status) == code
+
+
+def test_a_timeline_that_cannot_be_written_does_not_hide_the_report(
+    fleet: Served, run: Any, engines: list[str], model: Path, tmp_path: Path
+) -> None:
+    assert run("register", str(model), "--name", "told")[0] == 0
+    code, out, err = run(*update(fleet, engines, "told", "--json", "--trace", str(tmp_path / "none" / "trace.json")))
+    assert (code, "cannot be written" in err) == (2, True)
+    assert json.loads(out)["version"].startswith("told@")
+
+
+@pytest.mark.parametrize("option", ["--inference-parallel-size", "--name", "--restore-from"])
+def test_what_update_does_not_take_with_a_fleet(run: Any, option: str) -> None:
+    code, _, err = run("update", "--url", "http://127.0.0.1:1", "--checkpoint", "first", option, "1")
+    assert (code, f"{option} does not go with --url" in err) == (2, True)
 
 
 def test_what_update_needs_without_a_fleet(run: Any) -> None:

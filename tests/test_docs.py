@@ -111,6 +111,25 @@ def test_every_block_is_run_or_there_is_a_reason() -> None:
     assert stale == []
 
 
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere() -> None:
+    dead = []
+    for page in (*PAGES, ROOT / "CHANGELOG.md", *ROOT.glob("benchmarks/*.md")):
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if "://" not in link and (not target.exists() or (anchor and anchor not in anchors(target))):
+                dead.append(f"{page.relative_to(ROOT)}: {link}")
+    assert dead == []
+
+
 # --- places of this host -------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from checkpoint_engine.engines import Engine, PauseMode, get_engine
 from checkpoint_engine.engines.rollout import Policy, Turn
-from checkpoint_engine.errors import EngineRefusedError, EngineUnsupportedError, SettingsError
+from checkpoint_engine.errors import EngineRefusedError, EngineUnreachableError, EngineUnsupportedError, SettingsError
 from embedded_support import answering
 
 HANDLES = [("GPU-a", "ipc:///x/0"), ("GPU-b", "ipc:///x/1")]
@@ -224,6 +224,35 @@ def test_token_is_sent_and_never_told() -> None:
         thread.join(SECONDS)
     assert seen == ["Bearer secret"]
     assert "secret" not in str(e.value)
+
+
+def test_an_answer_that_is_not_encoded_as_it_says() -> None:
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Encoding", "gzip")
+            self.end_headers()
+            self.wfile.write(b"no gzip")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        with get_engine("sglang", f"http://127.0.0.1:{server.server_port}") as engine, pytest.raises(EngineUnreachableError):
+            engine.update(HANDLES, version=None, seconds=SECONDS)
+        thread.join(SECONDS)
+
+
+@pytest.mark.parametrize("token", ["secret\nof two lines", "sécret", "two secrets"])
+def test_a_token_that_no_header_can_hold_is_not_told(token: str) -> None:
+    with pytest.raises(SettingsError, match="on one line") as e:
+        get_engine("sglang", "http://127.0.0.1:1", token=token)
+    assert "cret" not in str(e.value)
 
 
 def test_kinds_are_named() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import queue
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
 from checkpoint_engine.errors import ManifestError
 from checkpoint_engine.http.announce import Announcer
-from checkpoint_engine.http.holders import Holders, Lease
+from checkpoint_engine.http.holders import Holders, Lease, read_metas
 from checkpoint_engine.http.problems import NotFoundError
 from checkpoint_engine.manifest import Manifest, RankManifest, RegionMeta, TensorMeta
 from checkpoint_engine.server.sources import Metas
@@ -56,8 +58,8 @@ def hosts(manifest: Manifest) -> list[str]:
 
 def test_a_holder_is_listed_until_its_lease_ends(holders: Holders, clock: Clock) -> None:
     assert holders.listed(MINE) is MINE
-    assert holders.enter("one", world("far"), MINE) == Lease(LEASE, True)
-    assert holders.enter("two", world("farther", names=("b",)), MINE).listed  # a part of it will do
+    assert holders.enter("one", world("far"), 100, MINE) == Lease(LEASE, True)
+    assert holders.enter("two", world("farther", names=("b",)), 100, MINE).listed  # a part of it will do
     assert hosts(holders.listed(MINE)) == ["here", "far", "farther"]
     assert holders.listed(MINE).version == MINE.version
     clock.now += 0.9 * LEASE
@@ -82,13 +84,13 @@ def test_a_holder_is_listed_until_its_lease_ends(holders: Holders, clock: Clock)
     ids=["other bytes", "no digests", "another tensor", "another checkpoint"],
 )
 def test_who_does_not_hold_the_same_is_not_listed(holders: Holders, theirs: Metas, reason: str) -> None:
-    lease = holders.enter("one", theirs, MINE)
+    lease = holders.enter("one", theirs, 100, MINE)
     assert not lease.listed and reason in lease.reason
     assert holders.listed(MINE) is MINE
 
 
 def test_who_held_the_last_one_is_not_listed_with_the_next(holders: Holders) -> None:
-    assert holders.enter("one", world("far"), MINE).listed
+    assert holders.enter("one", world("far"), 100, MINE).listed
     after = world("here", digest=9)
     assert holders.listed(after) is after
     assert not holders.renew("one", lambda name: after).listed
@@ -98,10 +100,35 @@ def test_who_held_the_last_one_is_not_listed_with_the_next(holders: Holders) -> 
 
 def test_not_more_than_can_be_listed(holders: Holders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("checkpoint_engine.http.holders.MOST", 1)
-    holders.enter("one", world("far"), MINE)
-    holders.enter("one", world("farther"), MINE)
+    holders.enter("one", world("far"), 100, MINE)
+    holders.enter("one", world("farther"), 100, MINE)
     with pytest.raises(ManifestError, match="1 holders are listed already"):
-        holders.enter("two", world("far"), MINE)
+        holders.enter("two", world("far"), 100, MINE)
+
+
+def test_not_more_than_fits(holders: Holders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("checkpoint_engine.http.holders.MOST_BYTES", 250)
+    for name in ("one", "two", "one"):
+        holders.enter(name, world("far"), 100, MINE)
+    with pytest.raises(ManifestError, match="200 bytes already"):
+        holders.enter("three", world("far"), 100, MINE)
+    with pytest.raises(ManifestError, match="100 bytes already"):
+        holders.enter("one", world("far"), 151, MINE)
+    assert holders.enter("one", world("far"), 150, MINE).listed
+
+
+def test_a_body_is_read_no_further_than_it_may_be_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("checkpoint_engine.http.holders.LARGEST", 10)
+    pieces = [b"12345", b"67890", b"1", b"never asked for"]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": len(pieces) > 0}
+
+    with pytest.raises(ManifestError, match="longer than 10 bytes"):
+        asyncio.run(read_metas(Request({"type": "http"}, receive)))
+    assert pieces == [b"never asked for"]
+    pieces[:] = [b"12345", b"67890"]
+    assert asyncio.run(read_metas(Request({"type": "http"}, receive))) == b"1234567890"
 
 
 def test_an_announcer_comes_back_and_says_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,9 +156,10 @@ def test_ceilings_of_each_stage(tmp_path: Path) -> None:
     assert read_ceilings(file)["peer_copy"] == 2e11
     file.write_bytes(Ceilings(device="cpu", backend="gloo", **common).to_json())
     assert read_ceilings(file) == {"lift": 8e9, "load": 8e9, "peer_copy": 8e9}
-    file.write_text('{"memcpy": "fast"}')
-    with pytest.raises(SettingsError, match="is not what `checkpoint-engine probe --json` prints"):
-        read_ceilings(file)
+    for wrong in ('{"memcpy": "fast"}', '{"more": ' + "[" * 100_000):
+        file.write_text(wrong)
+        with pytest.raises(SettingsError, match="is not what `checkpoint-engine probe --json` prints"):
+            read_ceilings(file)
 
 
 def test_a_beat_from_a_thread_wakes_whoever_waits() -> None:

@@ -194,6 +194,10 @@ def test_what_the_caller_did_wrong(rest: httpx.Client, engines: list[str]) -> No
     assert error(rest.get("/v1/nothing")) == (404, "HTTPError")
     refused = rest.put("/v1/updates/1", json={})
     assert (error(refused), refused.headers["allow"]) == ((405, "HTTPError"), "GET, DELETE")
+    assert rest.patch("/v1/holders/01234567").headers["allow"] == "PUT, DELETE"
+    deep = b'{"checkpoint": "first", "ranks": [], "x": ' + b"[" * 100_000
+    for metas in (b"", b"{}", deep, b'{"checkpoint": "first", "ranks": []}'):
+        assert error(rest.put("/v1/holders/01234567", content=metas)) == (400, "ManifestError")
 
 
 def test_metrics(rest: httpx.Client, engines: list[str]) -> None:

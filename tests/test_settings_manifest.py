@@ -33,7 +33,9 @@ def test_a_value_that_cannot_be_used_names_its_variable(variable: str) -> None:
     assert Settings.from_environment({variable: ""}) == Settings()
 
 
-@pytest.mark.parametrize("wrong", [{"mem_fraction": 0.0}, {"mem_fraction": 1.5}, {"timeout": 0}, {"bucket_bytes": 100}])
+@pytest.mark.parametrize(
+    "wrong", [{"mem_fraction": 0.0}, {"mem_fraction": 1.5}, {"timeout": 0}, {"holder_lease": float("inf")}, {"bucket_bytes": 100}]
+)
 def test_values_out_of_range(wrong: dict[str, float]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):
         Settings(**wrong)  # type: ignore[arg-type]

@@ -122,6 +122,8 @@ class Manifest(msgspec.Struct, frozen=True, dict=True):
             msgspec.msgpack.encode(manifest)
         except UnicodeDecodeError as e:  # msgspec leaves text that is none to Python
             raise msgspec.DecodeError(str(e)) from e
+        except RecursionError as e:
+            raise msgspec.DecodeError("it is nested too deeply") from e
         except OverflowError as e:  # JSON has numbers that no manifest has on a wire
             raise msgspec.ValidationError(str(e)) from e
         return manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -100,8 +101,8 @@ class Settings:
             if (chosen := getattr(self, name)) not in known:
                 raise SettingsError(f"{name} must be one of {', '.join(known)}, not {chosen!r}")
         for name in (*_TIMES, "io_threads"):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"{name} must be positive, not {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingsError(f"{name} must be positive and finite, not {getattr(self, name)}")
 
     def replace(self, **changes: object) -> Self:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

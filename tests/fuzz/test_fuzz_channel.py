@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from checkpoint_engine.devices.base import SharedHandle
@@ -38,7 +38,7 @@ from checkpoint_engine.transport.messages import (
     Table,
 )
 from checkpoint_engine.worker.views import Views
-from helpers.damage import INTEGERS, damaged, misshapen
+from helpers.damage import INTEGERS, damaged, misshapen, nested
 from helpers.fuzzing import fuzz
 
 TABLE = Table(256, 512, (Item("layers.0.w", "bfloat16", (3, 4), 0, 24), Item("b", "float32", (8,), 256, 32)))
@@ -136,6 +136,7 @@ ITEMS = st.builds(
 
 
 @fuzz
+@example(Table(0, 0, (Item("w", "float32", (), 1, -(2**62) - 2),)))
 @given(st.builds(Table, offset=st.one_of(st.just(0), INTEGERS), nbytes=INTEGERS, items=st.tuples(ITEMS)))
 def test_tables_show_no_byte_outside_of_the_memory(table: Table) -> None:
     """Whatever is raised, the session says Failed with it; what must not happen is a view that leaves the memory."""
@@ -149,6 +150,13 @@ def test_tables_show_no_byte_outside_of_the_memory(table: Table) -> None:
         reach = sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True)) + 1
         start = view.data_ptr() - memory.data_ptr()
         assert start >= 0 and start + reach * view.element_size() <= 1024
+
+
+@pytest.mark.parametrize("incoming", list(MESSAGES))
+def test_what_is_nested_too_deeply(incoming: Any) -> None:
+    for message in MESSAGES[incoming]:
+        messages, error = received(incoming, HELLO + frame(nested(message, 60_000)), [])
+        assert (messages, type(error)) == ([], ProtocolError)
 
 
 def test_a_frame_over_the_limit_takes_no_memory() -> None:

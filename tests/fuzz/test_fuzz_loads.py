@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from checkpoint_engine.errors import LoadPlanError
 from checkpoint_engine.loads.plan import Copy, LoadersTensor, LoadPlan, Place, PlannedTensor, Storage
-from helpers.damage import INTEGERS, damaged, misshapen
+from helpers.damage import INTEGERS, damaged, misshapen, nested
 from helpers.fuzzing import fuzz
 
 VALID = LoadPlan(
@@ -32,6 +32,10 @@ MOST = 4096
 def starts(offset: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
     indices = itertools.islice(itertools.product(*(range(n) for n in sizes)), MOST)
     return [offset + sum(i * s for i, s in zip(index, strides, strict=True)) for index in indices]
+
+
+def test_what_is_nested_too_deeply() -> None:
+    check(nested(VALID, 100_000))
 
 
 def check(data: bytes) -> None:

@@ -112,6 +112,13 @@ def test_well_formed_manifests_of_hostile_contents(regions: list[tuple[int, list
     plan(Manifest("c", (RankManifest(0, "h", "d", metas), RankManifest(1, "h", "e", REGIONS))))
 
 
+def test_what_is_nested_too_deeply() -> None:
+    with pytest.raises(msgspec.DecodeError, match="nested too deeply"):
+        Manifest.from_json(JSON[:-1] + b', "more": ' + b"[" * 100_000)
+    with pytest.raises(msgspec.DecodeError, match="nested too deeply"):
+        PeerOffer.from_json(b'{"more": ' + b"[" * 100_000)
+
+
 def test_a_tensor_that_leaves_its_region() -> None:
     outside = RegionMeta(100, (TensorMeta("t", "uint8", (90,), 11),))
     with pytest.raises(ManifestError, match="'t' on rank 0"):

@@ -40,7 +40,7 @@ from checkpoint_engine.transport.peer.wire import (
     Welcome,
     Wire,
 )
-from helpers.damage import INTEGERS, damaged, misshapen
+from helpers.damage import INTEGERS, damaged, misshapen, nested
 from helpers.fuzzing import fuzz
 
 PREFACE = PREAMBLE.pack(MAGIC, VERSION)
@@ -99,6 +99,14 @@ def test_frames(side: tuple[Any, int, tuple[Message, ...]], data: st.DataObject)
         stream = PREFACE + b"".join(frame(data.draw(misshapen(tree(m), most=1))) for m in messages)
     error = heard(incoming, limit, stream)
     assert isinstance(error, PeerLostError | ProtocolError) and "the peer" in str(error)
+
+
+@pytest.mark.parametrize("message", [*REQUESTS, *ANSWERS], ids=lambda message: type(message).__name__)
+def test_what_is_nested_too_deeply(message: Message) -> None:
+    incoming, limit = (FromReader, FROM_READER) if message in REQUESTS else (FromSource, FROM_SOURCE)
+    body = nested(message, limit - 100)
+    error = heard(incoming, limit, PREFACE + LENGTH.pack(len(body)) + body)
+    assert isinstance(error, PeerLostError | ProtocolError)  # the reader's limit lets through what some Pythons can follow
 
 
 # A hostile reader

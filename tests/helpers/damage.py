@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import msgspec
 from hypothesis import strategies as st
 
 INTEGERS = st.one_of(
@@ -68,3 +69,10 @@ def misshapen(draw: st.DrawFn, tree: Any, junk: st.SearchStrategy[Any] = JUNK, m
             case _:
                 parent[key] = draw(junk)
     return tree
+
+
+def nested(message: Any, depth: int) -> bytes:
+    """Its msgpack with one thing more in it that no type knows: a list in a list, so many deep."""
+    tree = msgspec.msgpack.decode(msgspec.msgpack.encode(message))
+    more = [*tree, None] if isinstance(tree, list) else {**tree, "more": None}
+    return msgspec.msgpack.encode(more)[:-1] + b"\x91" * depth + b"\xc0"

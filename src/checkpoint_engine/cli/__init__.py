@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 the update failed, or (status) weights are dirty; 2 usage or bad input (a setting, a file, a checkpoint);
 3 an engine could not be reached, was not ready in time, or refused beforehand; 4 another rank, or the server that was asked,
-could not be reached or is gone; 130 interrupted.
+could not be reached or is gone; 130 interrupted; 143 ended by SIGTERM.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import typer
 
 from checkpoint_engine import errors
 from checkpoint_engine.cli import EXIT_INPUT, EXIT_PEER, EXIT_UPDATE, exit_code_of
+from checkpoint_engine.engines.http import bearer
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, SettingsError
 
 DEFAULT_URL = "http://127.0.0.1:8600"
@@ -68,7 +69,6 @@ class FleetClient:
     def __init__(self, url: str, uds: Path | None = None, token: str | None = None) -> None:
         """Raises SettingsError for what is no URL, PeerLostError for what is no socket."""
         self.name = f"the server at {url if uds is None else f'unix:{uds}'}"
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             base = httpx.URL(url)
         except httpx.InvalidURL as e:
@@ -79,7 +79,7 @@ class FleetClient:
             raise PeerLostError(self.name, "there is no such socket")
         transport = httpx.HTTPTransport(uds=str(uds)) if uds is not None else None
         # A fleet is no web site: whatever proxy the environment names does not lead to it.
-        self._client = httpx.Client(base_url=base, headers=headers, transport=transport, trust_env=False)
+        self._client = httpx.Client(base_url=base, headers=bearer(token), transport=transport, trust_env=False)
 
     def __enter__(self) -> Self:
         return self
@@ -103,7 +103,7 @@ class FleetClient:
             response = self._client.request(method, path, json=body, timeout=timeout)
         except httpx.TimeoutException:
             raise DeadlineError(f"{self.name} to answer {method} {path}", seconds) from None
-        except httpx.TransportError as e:
+        except httpx.RequestError as e:
             raise PeerLostError(self.name, str(e) or type(e).__name__) from None
         self._check(response)
         return response
@@ -124,7 +124,7 @@ class FleetClient:
                         yield kind, json.loads(line.removeprefix("data: "))
         except httpx.TimeoutException:
             raise DeadlineError(f"{self.name} to go on with {path}", SILENCE_SECONDS) from None
-        except httpx.TransportError as e:
+        except httpx.RequestError as e:
             raise PeerLostError(self.name, str(e) or type(e).__name__) from None
         except ValueError as e:
             raise ProtocolError(f"{self.name} sends events that are not JSON: {e}") from None

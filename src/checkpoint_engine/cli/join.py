@@ -237,8 +237,9 @@ def _look_up(source: str) -> bytes:
 def _download(url: str, name: str | None) -> bytes:
     import httpx
 
-    token = os.environ.get(SERVE_TOKEN)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    from checkpoint_engine.engines.http import bearer
+
+    headers = bearer(os.environ.get(SERVE_TOKEN))
     params = {} if name is None else {"checkpoint": name}
     try:
         answer = httpx.get(

@@ -22,11 +22,11 @@ def remote_update(url: str, body: dict[str, Any], trace: Path | None, *, json_ou
     with notes(0), FleetClient(url, None, read_token(None)) as fleet:
         begun = fleet.post("/v1/updates", body)
         record = follow(fleet, begun["id"], console)
+        if record["report"] and json_output:
+            print(json.dumps(record["report"]))
+        elif record["report"]:
+            show(console, record["report"])
         if trace is not None and record["report"]:
             write_trace(trace, fleet.download(f"/v1/updates/{begun['id']}/trace") if record["timeline"] else None)
-    if record["report"] and json_output:
-        print(json.dumps(record["report"]))
-    elif record["report"]:
-        show(console, record["report"])
     if code := verdict(record):
         raise typer.Exit(code)

@@ -83,8 +83,7 @@ def update(
     places = sockets(endpoint or [], uds)
     asked = {"pause": pause, "resume_dirty": resume_dirty, "on_replica_failure": on_replica_failure, "ready_seconds": wait}
     if url is not None:
-        if restore_from is not None:
-            raise typer.BadParameter("--restore-from does not go with --url: a fleet puts back what it has registered itself")
+        not_with_url({"--inference-parallel-size": inference_parallel_size, "--name": name, "--restore-from": restore_from})
         from checkpoint_engine.cli.remote_update import remote_update
 
         engines = [{"kind": engine, "url": place, "uds": path, "token": token} for place, path in places]
@@ -100,6 +99,13 @@ def update(
     report = _update(console, Path(checkpoint), name, clients, asked, weight_version, timeout, verify, restore_from)
     if rank == 0:
         tell(console, report, trace, json_output=json_output)
+
+
+def not_with_url(options: dict[str, object]) -> None:
+    """Raises BadParameter for the first of them that was given."""
+    if given := [option for option, value in options.items() if value is not None]:
+        why = "a fleet has checkpoints and ranks of its own, and puts back what it committed last where REST asks it to"
+        raise typer.BadParameter(f"{given[0]} does not go with --url: {why}")
 
 
 @contextmanager

@@ -18,6 +18,16 @@ _PROBE_INTERVAL = 0.05
 _NO_SUCH_ROUTE = (404, 405)
 
 
+def bearer(token: str | None) -> dict[str, str]:
+    """The header that shows it; none without one. Raises SettingsError, without the token, for what no header can hold: httpx
+    would say all of it."""
+    if not token:
+        return {}
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise SettingsError("a token is printable ASCII without spaces, on one line")
+    return {"Authorization": f"Bearer {token}"}
+
+
 class HttpEngine(Engine):
     """An engine at `url` (http or https), over TCP or, with `uds`, over a Unix socket. token: sent as a bearer token."""
 
@@ -31,8 +41,7 @@ class HttpEngine(Engine):
         self.url = url.rstrip("/")
         self.endpoint = f"{self.url} (unix:{uds})" if uds else self.url
         # Engines share memory with this host: whatever proxy the environment names does not lead to them.
-        headers = {"Authorization": f"Bearer {token}"} if token else None
-        self._client = httpx.Client(transport=httpx.HTTPTransport(uds=uds), headers=headers, trust_env=False)
+        self._client = httpx.Client(transport=httpx.HTTPTransport(uds=uds), headers=bearer(token), trust_env=False)
 
     def close(self) -> None:
         self._client.close()
@@ -100,7 +109,7 @@ class HttpEngine(Engine):
                 return _read(response, end)
         except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout):
             raise DeadlineError(f"engine at {self.endpoint} to answer {method} {path}", seconds) from None
-        except httpx.TransportError as e:
+        except httpx.RequestError as e:  # also a body that is not encoded as it says
             raise EngineUnreachableError(self.endpoint, str(e) or type(e).__name__) from e
         except RuntimeError as e:  # httpx says so when the client was closed
             raise EngineUnreachableError(self.endpoint, str(e)) from e

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from checkpoint_engine.devices.base import Closing
+from checkpoint_engine.engines.http import bearer
 from checkpoint_engine.manifest import Manifest
 
 CALL_SECONDS = 30.0
@@ -30,8 +31,7 @@ class Announcer(Closing):
     def __init__(self, url: str, token: str | None, metas: Manifest, tell: Callable[[str], None]) -> None:
         self._path = f"/v1/holders/{secrets.token_hex(16)}"
         self._body, self._tell, self._said = metas.to_json(), tell, ""
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._client = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=CALL_SECONDS, trust_env=False)
+        self._client = httpx.Client(base_url=url.rstrip("/"), headers=bearer(token), timeout=CALL_SECONDS, trust_env=False)
         self._entered = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="announce", daemon=True)

@@ -32,7 +32,7 @@ from checkpoint_engine.http.routes import checkpoint_routes, fleet_routes, timel
 ABOUT = """REST of a parameter server. Routes tagged `contract` act on the rank that is asked; all others on the fleet, and only
 rank 0 answers them. Errors are `{"error": {"type", "message", "rank", "names", "notes"}}`: 4xx for what the caller did, 5xx for
 what a server, a rank or an engine did."""
-METHODS = ("GET", "POST", "DELETE")
+METHODS = ("GET", "PUT", "POST", "DELETE")
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"

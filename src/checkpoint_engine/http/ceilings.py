@@ -14,7 +14,7 @@ def read_ceilings(path: Path) -> dict[str, float]:
     """Stage -> bytes per second. Raises SettingsError when the file is not what `probe --json` printed."""
     try:
         return stage_ceilings(msgspec.json.decode(path.read_bytes(), type=Ceilings))
-    except (OSError, msgspec.MsgspecError) as e:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise SettingsError(f"{path} is not what `checkpoint-engine probe --json` prints: {e}") from None
 
 

@@ -22,6 +22,8 @@ from checkpoint_engine.server.sources import Metas
 
 MOST = 4096
 """Holders at a time."""
+LARGEST, MOST_BYTES = 64 << 20, 1 << 30
+"""Of JSON: one holder's metas (a tensor takes some 100 bytes), and all of them together."""
 Id = Annotated[str, Path(min_length=8, max_length=64, pattern="^[0-9a-zA-Z-]+$", description="Chosen by the holder.")]
 
 
@@ -36,9 +38,11 @@ class Lease:
 
 @dataclasses.dataclass(slots=True)
 class _Holder:
-    """until: on the clock. judged: version of what is gathered here -> why it does not fit, "" if it does."""
+    """nbytes: of its metas as they came. until: on the clock. judged: version of what is gathered here -> why it does not fit,
+    "" if it does."""
 
     metas: Metas
+    nbytes: int
     until: float
     judged: tuple[str, str] | None = None
 
@@ -73,13 +77,17 @@ class Holders:
         self._holders = {id_: holder for id_, holder in self._holders.items() if holder.until > now}
         return self._holders
 
-    def enter(self, id_: str, metas: Metas, mine: Manifest | None) -> Lease:
-        """mine: what is gathered here under that name. Raises ManifestError when there are too many."""
-        holder = _Holder(metas, self._now() + self._seconds)
+    def enter(self, id_: str, metas: Metas, nbytes: int, mine: Manifest | None) -> Lease:
+        """nbytes: of the metas' JSON. mine: what is gathered here under that name. Raises ManifestError when there are too many,
+        or what all of them told is too much."""
+        holder = _Holder(metas, nbytes, self._now() + self._seconds)
         with self._lock:
             current = self._current()
-            if len(current) >= MOST and id_ not in current:
+            others = [other.nbytes for known, other in current.items() if known != id_]
+            if len(others) >= MOST:
                 raise ManifestError(f"{MOST} holders are listed already")
+            if sum(others) + nbytes > MOST_BYTES:
+                raise ManifestError(f"the metas of {len(others)} holders are {sum(others)} bytes already: with these, too many")
             current[id_] = holder
         return self._lease(holder, mine)
 
@@ -109,6 +117,16 @@ class Holders:
         return Lease(self._seconds, not reason, reason)
 
 
+async def read_metas(request: Request) -> bytes:
+    """The body. Raises ManifestError for one that is too long, as soon as that is known."""
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > LARGEST:
+            raise ManifestError(f"these metas are longer than {LARGEST} bytes")
+    return bytes(body)
+
+
 def holder_routes(director: Director, holders: Holders) -> APIRouter:
     routes = APIRouter(tags=["holders"])
 
@@ -126,12 +144,13 @@ def holder_routes(director: Director, holders: Holders) -> APIRouter:
         The body is its metas: what its own `GET /v1/manifest` would answer, or `get_metas().to_json()`.
         """
         director.must_lead()
+        body = await read_metas(request)
         try:
-            metas = await asyncio.to_thread(Metas.from_json, await request.body())
+            metas = await asyncio.to_thread(Metas.from_json, body)
         except (msgspec.ValidationError, msgspec.DecodeError) as e:
             raise ManifestError(f"these are no metas: {e}") from None
         metas.check()
-        return await asyncio.to_thread(holders.enter, id, metas, mine(metas.checkpoint))
+        return await asyncio.to_thread(holders.enter, id, metas, len(body), mine(metas.checkpoint))
 
     @routes.post("/v1/holders/{id}/renew", responses=x.answers(x.LEASE, errors=(404, 421)))
     async def renew(id: Id) -> Lease:

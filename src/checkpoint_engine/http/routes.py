@@ -46,7 +46,7 @@ def fleet_routes(director: Director, holders: Holders) -> APIRouter:
 
     @routes.get("/v1/manifest", responses=x.answers(x.MANIFEST, errors=(404,)))
     async def manifest(checkpoint: str | None = None) -> Response:
-        """Who holds what, as `Manifest.from_json` reads it: of a checkpoint, or the one that was gathered last. Other worlds that
+        """Who holds what, as `Metas.from_json` reads it: of a checkpoint, or the one that was gathered last. Other worlds that
         hold the same come behind this one's ranks."""
         found = await asyncio.to_thread(holders.listed, director.node.manifest(checkpoint))
         return Response(await asyncio.to_thread(found.to_json), media_type="application/json")

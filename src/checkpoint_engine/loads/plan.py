@@ -137,7 +137,7 @@ class LoadPlan(msgspec.Struct, frozen=True, dict=True, tag_field="load_plan", ta
         """Raises LoadPlanError when `data` is not a plan, or one whose copies leave its tensors or storages."""
         try:
             plan = msgspec.msgpack.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
             raise LoadPlanError(f"not a load plan: {e}") from e
         plan.check()
         return plan

@@ -155,7 +155,7 @@ class Channel(Closing, Generic[Incoming]):
             return None
         try:
             message = self._decoder.decode(memoryview(self._buffer)[LENGTH.size : end])
-        except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
             raise ProtocolError(f"{self.peer} sent something that is not a message: {e}") from e
         del self._buffer[:end]
         return message

@@ -36,7 +36,7 @@ class Views:
         typed, itemsize = self._typed.get((item.memory, item.dtype)) or self._of_dtype(item.memory, item.dtype)
         first, rest = divmod(place, itemsize)
         if rest:  # a file need not align its tensors
-            raw = self.memories[item.memory][place : place + item.nbytes]
+            raw = self.memories[item.memory].narrow(0, place, item.nbytes)
             return raw.clone().view(typed.dtype).view(item.shape)
         return typed.as_strided(item.shape, _contiguous(item.shape), first)
 

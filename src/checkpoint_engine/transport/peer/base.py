@@ -64,7 +64,10 @@ class PeerOffer(msgspec.Struct, frozen=True):
     @classmethod
     def from_json(cls, data: bytes) -> Self:
         """Raises msgspec.ValidationError or DecodeError when `data` is not an offer."""
-        return msgspec.json.decode(data, type=cls)
+        try:
+            return msgspec.json.decode(data, type=cls)
+        except RecursionError as e:
+            raise msgspec.DecodeError("it is nested too deeply") from e
 
 
 class ReadOp(NamedTuple):

@@ -32,7 +32,7 @@ def read_tickets(peer: str, tickets: dict[int, bytes], kind: type[Ticket]) -> It
     for region, encoded in tickets.items():
         try:
             ticket = msgspec.msgpack.decode(encoded, type=kind)
-        except msgspec.MsgspecError as e:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
             raise ProtocolError(f"{peer}, stage open, region {region}: {e}") from e
         yield region, ticket
 

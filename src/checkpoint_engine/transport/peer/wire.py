@@ -137,7 +137,7 @@ class Wire(Closing, Generic[Incoming]):
             raise ProtocolError(f"{self.peer} announced a message of {length} bytes; {self.limit} is the limit")
         try:
             return self._decoder.decode(self._exactly(length, deadline, stage))
-        except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
             raise ProtocolError(f"{self.peer} sent something that is not a message: {e}") from e
 
     def receive_into(self, view: memoryview, deadline: Deadline, stage: str) -> None:
