@@ -244,6 +244,7 @@ def _stop_before_copying() -> None:
         if room and not stopped:
             stopped.append(1)
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.2)  # all threads stop, but not at once: this one must not have copied by then
         return room
 
     setattr(PushCollective, "_has_room", stop)  # noqa: B010
