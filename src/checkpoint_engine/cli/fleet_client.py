@@ -14,7 +14,7 @@ import typer
 
 from checkpoint_engine import errors
 from checkpoint_engine.cli import EXIT_INPUT, EXIT_PEER, EXIT_UPDATE, exit_code_of
-from checkpoint_engine.engines.http import bearer
+from checkpoint_engine.engines.http import bearer, http_url
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, SettingsError
 
 DEFAULT_URL = "http://127.0.0.1:8600"
@@ -69,12 +69,7 @@ class FleetClient:
     def __init__(self, url: str, uds: Path | None = None, token: str | None = None) -> None:
         """Raises SettingsError for what is no URL, PeerLostError for what is no socket."""
         self.name = f"the server at {url if uds is None else f'unix:{uds}'}"
-        try:
-            base = httpx.URL(url)
-        except httpx.InvalidURL as e:
-            raise SettingsError(f"{url!r} is not a URL: {e}") from None
-        if base.scheme not in ("http", "https") or not base.host:
-            raise SettingsError(f"{url!r} is not an http URL")
+        base = http_url(url)
         if uds is not None and not uds.is_socket():
             raise PeerLostError(self.name, "there is no such socket")
         transport = httpx.HTTPTransport(uds=str(uds)) if uds is not None else None

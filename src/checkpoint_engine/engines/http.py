@@ -28,16 +28,22 @@ def bearer(token: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
+def http_url(text: str) -> httpx.URL:
+    """Raises SettingsError for what is no http or https URL with a host."""
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as e:
+        raise SettingsError(f"{text!r} is not a URL: {e}") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise SettingsError(f"{text!r} is not an http URL")
+    return url
+
+
 class HttpEngine(Engine):
     """An engine at `url` (http or https), over TCP or, with `uds`, over a Unix socket. token: sent as a bearer token."""
 
     def __init__(self, url: str, uds: str | None = None, token: str | None = None) -> None:
-        try:
-            parsed = httpx.URL(url)
-        except httpx.InvalidURL as e:
-            raise SettingsError(f"{url!r} is not a URL: {e}") from None
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise SettingsError(f"{url!r} is not an http URL")
+        http_url(url)
         self.url = url.rstrip("/")
         self.endpoint = f"{self.url} (unix:{uds})" if uds else self.url
         # Engines share memory with this host: whatever proxy the environment names does not lead to them.
