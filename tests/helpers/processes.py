@@ -12,15 +12,20 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 BIN = Path(sys.executable).parent
 SRC = Path(__file__).parents[2] / "src"
 
 
 @contextlib.contextmanager
 def started(command: list[str], **variables: str) -> Iterator[list[str]]:
-    """Yields the command's output so far, line by line, and ends it by SIGTERM."""
+    """Yields the command's output so far, line by line, and ends it by SIGTERM.
+
+    Raises AssertionError with where each of its processes stood when that takes longer than 40 s.
+    """
     path = os.pathsep.join([str(BIN), os.environ["PATH"]])
-    env = {**os.environ, "PATH": path, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", **variables}
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **variables}
     lines: list[str] = []
     with subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -32,12 +37,25 @@ def started(command: list[str], **variables: str) -> Iterator[list[str]]:
             yield lines
         finally:
             process.terminate()  # torchrun passes it on
-            try:
-                process.wait(40)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                reader.join(20)
+            ended = _ends(process)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            reader.join(20)
+        if not ended:
+            raise AssertionError("SIGTERM did not end it in 40 s:\n" + "".join(lines))
+
+
+def _ends(process: subprocess.Popen[str]) -> bool:
+    """Whether it does by itself; if not, its processes say where they stand."""
+    try:
+        process.wait(40)
+    except subprocess.TimeoutExpired:
+        for member in psutil.Process(process.pid).children(recursive=True) + [psutil.Process(process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(signal.SIGABRT)  # faulthandler prints the stacks of all threads
+        psutil.wait_procs([psutil.Process(process.pid)], 10)
+        return False
+    return True
 
 
 def until_said(lines: list[str], pattern: str, seconds: float = 60.0) -> re.Match[str]:
