@@ -186,7 +186,10 @@ def test_a_failed_update_and_what_it_leaves(fleet: Served, run: Any, engines: li
     code, out, _ = run(*update(fleet, ["http://127.0.0.1:1", engines[1]], "spoilt", "--wait", "0.3"))
     assert code == 3
     assert run("register", str(model), "--name", "good")[0] == 0
-    assert run(*update(fleet, engines, "good", "--pause", "keep"))[0] == 0
+    assert run(*update(fleet, engines, "good", "--pause", "keep", "--weight-version", "v4"))[0] == 0
+    assert run("status")[0] == 0
+    code, _, err = run(*update(fleet, engines, "spoilt", "--pause", "keep", "--restore"))
+    assert (code, SPOILT in err, "'v4' was restored" in err) == (1, True, True)
     assert run("status")[0] == 0
 
 
@@ -271,6 +274,8 @@ def test_a_timeline_that_cannot_be_written_does_not_hide_the_report(
 def test_what_update_does_not_take_with_a_fleet(run: Any, option: str) -> None:
     code, _, err = run("update", "--url", "http://127.0.0.1:1", "--checkpoint", "first", option, "1")
     assert (code, f"{option} does not go with --url" in err) == (2, True)
+    code, _, err = run("update", "--checkpoint", "first", "--restore")
+    assert (code, "--restore goes with --url" in err) == (2, True)
 
 
 def test_what_update_needs_without_a_fleet(run: Any) -> None:

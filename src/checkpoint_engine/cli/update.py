@@ -46,6 +46,7 @@ Verify = Annotated[
 ]
 ParallelSize = Annotated[int | None, typer.Option(help="Ranks that one engine spans (TP x PP); not with --url.", min=1)]
 RestoreFrom = Annotated[Path | None, typer.Option(help="After a failure put this checkpoint back, which engines serve now.")]
+Restore = Annotated[bool, typer.Option("--restore", help="With --url: after a failure put back what it committed last.")]
 FleetUrl = Annotated[str | None, typer.Option(help="URL of a serving fleet, which is to do it with a registered checkpoint.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
@@ -61,6 +62,7 @@ def update(
     resume_dirty: ResumeDirty = False,
     on_replica_failure: OnFailure = "abort",
     restore_from: RestoreFrom = None,
+    restore: Restore = False,
     weight_version: Version = None,
     name: Annotated[str | None, typer.Option(help="Name of the checkpoint; its directory's name by default.")] = None,
     wait: Wait = 600.0,
@@ -78,7 +80,7 @@ def update(
     Each rank holds its share of every layer in host memory. Endpoint i serves ranks i*K to (i+1)*K - 1, and the first of
     them asks it: wait until ready, pause, update, forget cached prefixes, publish the version, resume. After a failure
     engines with whole weights are resumed, and those with a mixture stay paused, unless --restore-from, which is held in host
-    memory too, gives them whole ones. With --on-replica-failure continue it is no failure if some engine was updated.
+    memory too, gives them whole ones (--restore with --url, where the fleet still has them). With --on-replica-failure continue it is no failure if some engine was updated.
     """
     places = sockets(endpoint or [], uds)
     asked = {"pause": pause, "resume_dirty": resume_dirty, "on_replica_failure": on_replica_failure, "ready_seconds": wait}
@@ -88,8 +90,11 @@ def update(
 
         engines = [{"kind": engine, "url": place, "uds": path, "token": token} for place, path in places]
         body = {"checkpoint": checkpoint, "engines": engines, "version": weight_version, "timeout": timeout, "verify": verify}
+        body["on_failure"] = "restore" if restore else "abort"
         remote_update(url, {**body, **asked}, trace, json_output=json_output)
         return
+    if restore:
+        raise typer.BadParameter("--restore goes with --url; without it, --restore-from says what to put back")
     if not places or inference_parallel_size is None:
         raise typer.BadParameter("--endpoint and --inference-parallel-size are needed, or --url of a serving fleet")
     rank, world_size = world(os.environ)
@@ -104,7 +109,7 @@ def update(
 def not_with_url(options: dict[str, object]) -> None:
     """Raises BadParameter for the first of them that was given."""
     if given := [option for option, value in options.items() if value is not None]:
-        why = "a fleet has checkpoints and ranks of its own, and puts back what it committed last where REST asks it to"
+        why = "a fleet has checkpoints and ranks of its own, and --restore puts back what it committed last"
         raise typer.BadParameter(f"{given[0]} does not go with --url: {why}")
 
 
