@@ -59,10 +59,19 @@ def stages(gpus: int, upstream: Path | None, out: Path) -> Iterator[Stage]:
 
         yield side("ours")
         yield side("upstream")
-        yield side("ours-recorded", "--recorded", CHECKPOINT_ENGINE_RECORDED_LOADS="on")
-        yield side("ours-pull", "--recorded", CHECKPOINT_ENGINE_RECORDED_LOADS="on", CHECKPOINT_ENGINE_METHOD="pull")
+        variants = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(gpus),
+            "--master-port",
+            "25500",
+            "-m",
+            "benchmarks.variants",
+        ]
+        records = [model, "--out", str(out / "side.jsonl"), "--traces", str(out / "traces")]
+        yield Stage(f"{model}:variants", [python, *variants, *records], 1.6 * seconds)
         yield side("upstream-2GB", PS_MAX_BUCKET_SIZE_GB="2")
-        yield side("ours-no-timelines", CHECKPOINT_ENGINE_TIMELINES="0")
     vllm = {"PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])}
     yield Stage("vllm-correct", [python, "-m", "real_vllm.correctness", "--out", str(out / "vllm")], 570, vllm, "vllm")
     timing = [python, "-m", "real_vllm.timing", "--out", str(out / "vllm"), "--upstream", str(upstream)]
