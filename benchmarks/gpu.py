@@ -59,18 +59,9 @@ def stages(gpus: int, upstream: Path | None, out: Path) -> Iterator[Stage]:
 
         yield side("ours")
         yield side("upstream")
-        variants = [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(gpus),
-            "--master-port",
-            "25500",
-            "-m",
-            "benchmarks.variants",
-        ]
-        records = [model, "--out", str(out / "side.jsonl"), "--traces", str(out / "traces")]
-        yield Stage(f"{model}:variants", [python, *variants, *records], 1.6 * seconds)
+        launch = [python, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus), "--master-port", "25500"]
+        records = ["--out", str(out / "side.jsonl"), "--traces", str(out / "traces")]
+        yield Stage(f"{model}:variants", [*launch, "-m", "benchmarks.variants", *records, model], 1.6 * seconds)
         yield side("upstream-2GB", PS_MAX_BUCKET_SIZE_GB="2")
     vllm = {"PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])}
     yield Stage("vllm-correct", [python, "-m", "real_vllm.correctness", "--out", str(out / "vllm")], 570, vllm, "vllm")
