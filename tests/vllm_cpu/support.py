@@ -25,7 +25,7 @@ from checkpoint_engine.engines.vllm import Vllm
 ROOT = Path(__file__).parents[2]
 VENV = os.environ.get("VLLM_VENV", "")
 SHM = Path("/dev/shm")
-READY_SECONDS = 240.0
+READY_SECONDS = 600.0
 SECONDS = 60.0
 PROMPTS = [[5, 6, 7, 8], [9, 300, 17], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]]
 
