@@ -143,7 +143,12 @@ def test_halves_replicas_and_wholes() -> None:
     assert rules([24], of((WHOLE,), (WHOLE,))) == (Rule((((0, 1),),), (0,)),)
     assert rules([24], of((WHOLE,), (LEFT,), (RIGHT,))) == (Rule((((0,),), ((1,), (2,))), (0,)),), "replicas of two sizes"
     assert rules([24], of((WHOLE,), ())) == (Rule((((0,),),), (0,)),), "an expert of one rank"
-    assert rules([24], of((RIGHT, LEFT),)) == (Rule((((0,),),), (0,)),)
+    assert rules(
+        [24],
+        of(
+            (RIGHT, LEFT),
+        ),
+    ) == (Rule((((0,),),), (0,)),)
     assert rules([24], of((LEFT, RIGHT), (RIGHT, LEFT))) == (Rule((((0, 1),),), (0,)),)
 
 
@@ -181,7 +186,14 @@ def test_what_a_rank_tells_is_checked() -> None:
     for sizes in ([24, 5], [23, 5, 9]):
         with pytest.raises(ValueError, match="slices"):
             Taken.decode(taken.encode(), sizes)
-    wrong = (Slice(-1, 4), Slice(0, 0), Slice(0, 1, (2,), ()), Slice(0, 1, (0,), (1,)), Slice(0, 1, (1 << 60,), (1,)), Slice(0, 1, (2,), (-1,)))
+    wrong = (
+        Slice(-1, 4),
+        Slice(0, 0),
+        Slice(0, 1, (2,), ()),
+        Slice(0, 1, (0,), (1,)),
+        Slice(0, 1, (1 << 60,), (1,)),
+        Slice(0, 1, (2,), (-1,)),
+    )
     for part in wrong:
         with pytest.raises(ValueError, match="slices"):
             Taken.decode(Taken(((part,),)).encode(), [24])

@@ -113,4 +113,3 @@ def _piece(raw: torch.Tensor, at: int, step: int, count: int, begin: int, width:
         )
         row_sums(padded.data_ptr(), sums[n : n + rows], words, first, words)
     return sums
-
