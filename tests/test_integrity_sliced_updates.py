@@ -1,7 +1,7 @@
 """Updates whose workers check only the slices that they took: what changes anywhere is caught before the commit, and named.
 
-The checkpoint is split as a tensor-parallel model's: q, k and v by rows, down by columns, norms on every rank. Of each expert one rank
-takes half, and none the rest: experts are checked whole, by that rank.
+The checkpoint is split as a tensor-parallel model's: q, k and v by rows, down by columns, norms on every rank. Of each expert one
+rank takes half, and none the rest: experts are checked whole, by that rank.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def test_a_replay_that_puts_a_wrong_byte_into_the_model() -> None:
     norm, down = Deed("spoil", "norm"), Deed("spoil", "down")
     for seen in course("pull", Step(), Step((Deed(), norm)), Step(), Step((down, Deed())), Step(), Step()):
         first, second = FOUND.search(seen[1].error), FOUND.search(seen[3].error)
-        assert first and (first[1], first[2], first[4]) == ("1", "layers.2.norm", "rank 1"), "rank 0 has the same, and it is right"
+        assert first and (first[1], first[2], first[4]) == ("1", "layers.2.norm", "rank 1"), "rank 0 has the same"
         assert second and (second[2], second[4]) == ("layers.2.down", "ranks 0 and 1")
         assert (seen[1].version, seen[3].version) == ("v0", "v2"), "nothing was committed"
         assert seen[2].ways == seen[4].ways == {"proved"}, "no plan is trusted any more"

@@ -60,7 +60,7 @@ def test_columns_of_a_matrix_add_up(rows: int, widths: list[int], shift: int, ga
 @st.composite
 def nested(draw: st.DrawFn) -> tuple[int, list[Slice]]:
     """A tensor of random shape, cut along random dimensions again and again."""
-    shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)) + [draw(st.sampled_from([1, 2, 8, 24, 1024, 3000]))]
+    shape = [*draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)), draw(st.sampled_from([1, 2, 8, 24, 1024, 3000]))]
     boxes = [[(0, n) for n in shape]]
     for _ in range(draw(st.integers(0, 5))):
         box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))

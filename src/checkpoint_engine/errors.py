@@ -141,8 +141,8 @@ class ManifestError(CheckpointEngineError):
 class IntegrityError(CheckpointEngineError):
     """Bytes that arrived are not those that were registered: the digests of `tensors` differ.
 
-    ranks: whose memory the first of them came from, and hosts: theirs; empty where that is not known. takers: the ranks among whose
-    slices of it the wrong one is; empty where it was checked whole.
+    ranks: whose memory the first of them came from, and hosts: theirs; empty where that is not known. takers: the ranks among
+    whose slices of it the wrong one is; empty where it was checked whole.
     """
 
     def __init__(

@@ -19,8 +19,8 @@ miss all of these, and one of 64-bit words with odd weights any two flips of a w
 
 What it does not: somebody who knows the weights, which are no secret, can make bytes that have any digest he likes.
 
-It is linear in the bytes: sums of parts add up to the sum of the whole, however it is cut, where every part has the weights of its
-place in the whole (memory.slices). So parts can be summed in any order, by any thread, block of threads, or process.
+It is linear in the bytes: sums of parts add up to the sum of the whole, however it is cut, where every part has the weights of
+its place in the whole (memory.slices). So parts can be summed in any order, by any thread, block of threads, or process.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def partial_sum(raw: torch.Tensor, first: int = 0) -> torch.Tensor:
     """
     if not raw.numel():
         return torch.zeros((), dtype=torch.int64, device=raw.device)
-    sums = _host_sums(raw) if raw.device.type == "cpu" else _device_sums(raw)
+    sums = chunk_sums(raw) if raw.device.type == "cpu" else _device_sums(raw)
     places = place_weights(raw.device, first + len(sums))[first : first + len(sums)]
     return torch.dot(sums, places) if raw.device.type == "cpu" else (sums * places).sum()
 
@@ -128,7 +128,7 @@ def small_sums(raws: Sequence[torch.Tensor]) -> list[int]:
     for raw, count in zip(raws, rows, strict=True):
         ctypes.memmove(at, raw.data_ptr(), raw.numel())
         at += count * CHUNK_BYTES
-    sums = _host_sums(padded)
+    sums = chunk_sums(padded)
     places = place_weights(padded.device, max(rows, default=1))
     weighted = sums.mul_(torch.cat([places[:count] for count in rows] or [places[:0]]))
     ends = [0, *itertools.accumulate(rows)]
@@ -136,8 +136,8 @@ def small_sums(raws: Sequence[torch.Tensor]) -> list[int]:
     return [int(total) for total in totals.diff()]
 
 
-def _host_sums(raw: torch.Tensor) -> torch.Tensor:
-    """S of each chunk."""
+def chunk_sums(raw: torch.Tensor) -> torch.Tensor:
+    """S of each chunk of a CPU's memory, the last one filled up with zeroes. int64."""
     rows, rest = divmod(raw.numel(), CHUNK_BYTES)
     sums = torch.empty(rows + bool(rest), dtype=torch.int64)
     for row in range(0, rows, HOST_ROWS):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from checkpoint_engine.memory.checksum import CHUNK_BYTES, partial_sum, place_weights, row_sums
+from checkpoint_engine.memory.checksum import CHUNK_BYTES, chunk_sums, partial_sum, place_weights, row_sums
 from checkpoint_engine.planning.slices import Slice
 
 LONG_RUN = 16 * CHUNK_BYTES
@@ -53,6 +53,8 @@ def _rows(raw: torch.Tensor, at: int, step: int, place: int, apart: int, count: 
     if run >= LONG_RUN or apart < run or apart > WINDOW_BYTES:
         return sum(_run(raw, at + n * step, place + n * apart, run) for n in range(count))
     period = CHUNK_BYTES // math.gcd(apart, CHUNK_BYTES)  # after so many rows the weights of words come again
+    if step == run and not (run % CHUNK_BYTES or place % CHUNK_BYTES or apart % CHUNK_BYTES):
+        return _whole_chunks(raw, at, place, apart, count, run)
     if count >= FEW_ROWS * period:
         return sum(
             _alike(raw, at + n * step, period * step, place + n * apart, period * apart, -(-(count - n) // period), run)
@@ -81,6 +83,14 @@ def _put_back(raw: torch.Tensor, at: int, strides: Sequence[int], part: Slice) -
         raw.as_strided(shape, (*strides, 1), raw.storage_offset() + at)
     )
     return int(partial_sum(window, base // CHUNK_BYTES))
+
+
+def _whole_chunks(raw: torch.Tensor, at: int, place: int, apart: int, count: int, run: int) -> int:
+    """Of runs of whole chunks, which lie one after the other in `raw`."""
+    first, each = place // CHUNK_BYTES, run // CHUNK_BYTES
+    places = place_weights(_CPU, (place + (count - 1) * apart + run) // CHUNK_BYTES)
+    sums = chunk_sums(raw[at : at + count * run])
+    return int(torch.dot(sums, places.as_strided((count, each), (apart // CHUNK_BYTES, 1), first).reshape(-1)))
 
 
 def _alike(raw: torch.Tensor, at: int, step: int, place: int, apart: int, count: int, run: int) -> int:

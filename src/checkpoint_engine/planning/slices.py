@@ -89,8 +89,8 @@ class Taken(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Rule(NamedTuple):
-    """How to check tensors, numbers `items`: what the ranks of a class took is the same, and the classes of a cover took every byte
-    of it once. covers: of classes, of ranks (numbers of what `rules` was asked about)."""
+    """How to check tensors, numbers `items`: what the ranks of a class took is the same, and the classes of a cover took every
+    byte of it once. covers: of classes, of ranks (numbers of what `rules` was asked about)."""
 
     covers: tuple[tuple[tuple[int, ...], ...], ...]
     items: tuple[int, ...]

@@ -127,10 +127,12 @@ class Leader:
         return m.Begin(self._number, self._pass, tuple(sorted(ranks)), again=True, slicing=slicing)
 
     def trouble(self, now: float) -> tuple[int, str, CheckpointEngineError] | None:
-        """(rank, stage, error) when the first pass's workers ought to have come by now; or when all are ready, and what one took is
-        not what was registered."""
-        if self._slices is not None and self._state == "loading" and self._done.keys() == self._everybody:
-            if not any(done.again for done in self._done.values()) and (wrong := self._slices.verdict()) is not None:
+        """(rank, stage, error) when the first pass's workers ought to have come by now; or when all are ready, and what one took
+        is not what was registered."""
+        loaded = self._state == "loading" and self._done.keys() == self._everybody
+        if self._slices is not None and loaded and not any(done.again for done in self._done.values()):
+            wrong = self._slices.verdict()
+            if wrong is not None:
                 return wrong[0], VERIFY, wrong[1]
         if now < self._attach_by:
             return None

@@ -1,4 +1,4 @@
-"""Whether the slices that workers took are those of the tensors that were registered: rank 0 adds up what they tell, before the commit.
+"""Whether the slices that workers took are those of what was registered: rank 0 adds up what they tell, before the commit.
 
 Who replays a load plan says what it takes of each tensor, once; from the next update on rank 0 knows which ranks' slices make up
 a tensor (planning.slices), asks the workers for the sums of theirs, and compares with the digests that the owners made.

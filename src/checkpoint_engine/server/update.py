@@ -51,8 +51,8 @@ class _Fail(Exception):
 
 class UpdateRun:
     """inbox: of this update. hosts: of all ranks, for messages. served: what this rank's workers served before. make_pass: the
-    kind of pass. device: uuid a worker on this rank must have, None: not checked. recorder: of this rank's timeline. expected: what
-    workers check, None: nothing."""
+    kind of pass. device: uuid a worker on this rank must have, None: not checked. recorder: of this rank's timeline.
+    expected: what workers check, None: nothing."""
 
     def __init__(
         self,

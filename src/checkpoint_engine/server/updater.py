@@ -26,7 +26,7 @@ from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.gather import Gatherer
 from checkpoint_engine.server.keeper import Keeper
 from checkpoint_engine.server.lane import Lane
-from checkpoint_engine.server.mapped import MappedPass, OpenRegions, describe
+from checkpoint_engine.server.mapped import MappedPass, describe
 from checkpoint_engine.server.neighbours import meet_neighbours
 from checkpoint_engine.server.offer import Offer, exchange_offers, verified
 from checkpoint_engine.server.pipeline import Pass
