@@ -18,8 +18,8 @@ from checkpoint_engine.manifest import hex_digest
 
 MAX_SLICES = 256
 """Of one tensor, in one rank."""
-MAX_ROWS = 1 << 18
-"""Runs of one tensor, of all ranks together, that are compared; with more it is checked whole."""
+MAX_ROWS = 1 << 20
+"""Runs that are compared, which takes a second or two; tensors that come after so many are checked whole."""
 MAX_DIMS = 16
 
 
@@ -99,9 +99,10 @@ class Rule(NamedTuple):
 def rules(sizes: Sequence[int], taken: Sequence[Taken]) -> tuple[Rule, ...]:
     """For which tensors, of `sizes` bytes, the slices of these ranks can be checked by their sums, and how.
 
-    In no rule: what some rank does not tell, or none takes; slices that overlap, unless they are the same; and tensors of which
-    nobody takes some byte.
+    In no rule: what some rank does not tell, or none takes; slices that overlap, unless they are the same; tensors of which
+    nobody takes some byte; and those that are cut in too many runs (MAX_ROWS).
     """
+    left = MAX_ROWS
     known: dict[tuple[object, ...], tuple[tuple[tuple[int, ...], ...], ...]] = {}
     found: dict[tuple[tuple[tuple[int, ...], ...], ...], list[int]] = collections.defaultdict(list)
     for item, nbytes in enumerate(sizes):
@@ -111,7 +112,8 @@ def rules(sizes: Sequence[int], taken: Sequence[Taken]) -> tuple[Rule, ...]:
             continue
         key = (nbytes, parts)  # layers, and experts, are alike
         if key not in known:
-            known[key] = _covers(nbytes, told)
+            left -= sum(each.rows for part in told for each in part)
+            known[key] = _covers(nbytes, told) if left >= 0 else ()
         if known[key]:
             found[known[key]].append(item)
     return tuple(Rule(covers, tuple(items)) for covers, items in found.items())
@@ -123,8 +125,6 @@ def _covers(nbytes: int, parts: Sequence[Part]) -> tuple[tuple[tuple[int, ...], 
     for number, part in enumerate(parts):
         if part:
             classes[tuple(sorted(part))].append(number)
-    if sum(each.rows for part in classes for each in part) > MAX_ROWS:
-        return ()
     whole = [part for part in classes if _makes_up(nbytes, part)]
     rest = [part for part in classes if part not in whole]
     if rest and not _makes_up(nbytes, [each for part in rest for each in part]):

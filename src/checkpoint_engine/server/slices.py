@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 
@@ -159,7 +160,7 @@ class SliceCheck:
         total[total == 0] = 1  # as checksum.finish
         return differ | (total != self._digests[items])
 
-    @property
+    @cached_property
     def _lengths(self) -> torch.Tensor:
         return torch.tensor(sizes_of(self._plan), dtype=torch.int64)
 

@@ -125,7 +125,9 @@ class Updater:
         self._give_back(name, settings)
         self._puller.settle(offers, plan, outcome.reads, mapped=opened is not None)
         by = method_name(lane.method, outcome.ways, mapped=method.pull)
-        report = make_report(offers[0].version, by, plan.nbytes, time.perf_counter() - start, outcome)
+        return self._logged(make_report(offers[0].version, by, plan.nbytes, time.perf_counter() - start, outcome))
+
+    def _logged(self, report: UpdateReport) -> UpdateReport:
         log.info("rank %d: %s", self._fleet.rank, report)
         return report
 

@@ -41,12 +41,12 @@ class Piece(NamedTuple):
 
 
 class Replaying(Protocol):
-    """A plan that is replayed on these storages, and what it takes."""
+    """A plan that is replayed on these storages, and the name of what it takes."""
 
     @property
     def plan(self) -> LoadPlan: ...
     @property
-    def taken(self) -> Taken: ...
+    def taken_name(self) -> str: ...
     @property
     def storages(self) -> Sequence[torch.Tensor]: ...
 
@@ -240,7 +240,7 @@ def with_slices(
         if name not in offered:
             raise ProtocolError(f"the server asks for slices {name!r} that this worker does not take")
         taken = offered[name]
-        if replaying is not None and replaying.taken is not taken:
+        if replaying is not None and replaying.taken_name != name:
             replaying = None
         return SlicedCheck(whole, SliceSums(slicing, taken, tables, replaying, at_work), memories, seconds)
     except BaseException:
