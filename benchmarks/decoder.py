@@ -16,6 +16,11 @@ def shapes(layers: int, nbytes: int) -> Shapes:
     return _decoder(layers, 64 * low)
 
 
+def wide(layers: int, width: int) -> Shapes:
+    """A decoder of `layers` layers of this width."""
+    return _decoder(layers, width)
+
+
 def sizes(model: Shapes) -> list[tuple[str, int]]:
     """(name, bytes) of each tensor, in order."""
     return [(name, torch.Size(shape).numel() * dtype.itemsize) for name, (shape, dtype) in model.items()]

@@ -79,8 +79,8 @@ def test_a_worker_that_does_not_come_is_named() -> None:
     leader.hear(1, m.Waiting(1, 1))
     assert leader.orders(0.0) == []
     assert leader.wake == 10.0
-    assert leader.overdue(9.9) is None
-    overdue = leader.overdue(10.0)
+    assert leader.trouble(9.9) is None
+    overdue = leader.trouble(10.0)
     assert overdue is not None
     assert overdue[:2] == (0, "attach")
     assert "the workers of ranks [0, 2] to connect" in str(overdue[2])

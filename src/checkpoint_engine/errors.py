@@ -141,15 +141,20 @@ class ManifestError(CheckpointEngineError):
 class IntegrityError(CheckpointEngineError):
     """Bytes that arrived are not those that were registered: the digests of `tensors` differ.
 
-    ranks: whose memory the first of them came from, and hosts: theirs; empty where that is not known.
+    ranks: whose memory the first of them came from, and hosts: theirs; empty where that is not known. takers: the ranks among
+    whose slices of it the wrong one is; empty where it was checked whole.
     """
 
-    def __init__(self, tensors: Sequence[str], ranks: Sequence[int] = (), hosts: Sequence[str] = ()) -> None:
-        self.tensors, self.ranks = tuple(tensors), tuple(ranks)
+    def __init__(
+        self, tensors: Sequence[str], ranks: Sequence[int] = (), hosts: Sequence[str] = (), takers: Sequence[int] = ()
+    ) -> None:
+        self.tensors, self.ranks, self.takers = tuple(tensors), tuple(ranks), tuple(takers)
         named = [f"{rank} ({host})" for rank, host in zip(ranks, hosts, strict=True)] if hosts else map(str, ranks)
         source = f", from rank {' and '.join(named)}," if ranks else ""
         more = f" (nor are {len(tensors) - 1} more)" if len(tensors) > 1 else ""
-        super().__init__(f"the bytes of tensor {tensors[0]!r}{source} are not those that were registered{more}")
+        slices = f", in the slices that ranks {' and '.join(map(str, takers))} took" if takers else ""
+        slices = slices.replace("ranks", "rank") if len(takers) == 1 else slices
+        super().__init__(f"the bytes of tensor {tensors[0]!r}{source} are not those that were registered{more}{slices}")
 
 
 class ProtocolError(CheckpointEngineError):

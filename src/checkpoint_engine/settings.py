@@ -36,8 +36,9 @@ class Settings:
                      cannot be); "auto": on one host whichever is predicted to be faster
     recorded_loads   in the engine's process: "on": where the engine names its model, learn what its loader copies, prove it,
                      and copy without the loader from then on; "off": never; "auto": on a CPU, until it has run on GPUs
-    verify           whether workers check every tensor against the digest that its owner made when it registered it, before the
-                     engine loads it: "on", "off"; "auto": on a CPU, until it has run on GPUs. "on" on any rank is for all
+    verify           whether workers check every tensor, or the slices that they take, against the digest that its owner made when
+                     it registered it, before any worker commits: "on", "off"; "auto": on a CPU, until it has run on GPUs. "on" on
+                     any rank is for all
     peer_reads       let peers that have this world's metas read the checkpoints that it gathered, over TCP and with a token
     peer_hosts       addresses of this host by which peers read, one for each network interface, separated by commas; empty: the
                      one by which the other ranks reach it

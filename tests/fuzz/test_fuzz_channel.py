@@ -34,7 +34,9 @@ from checkpoint_engine.transport.messages import (
     Loaded,
     Message,
     OverLink,
+    Ready,
     Release,
+    Slicing,
     Table,
 )
 from checkpoint_engine.worker.views import Views
@@ -43,8 +45,19 @@ from helpers.fuzzing import fuzz
 
 TABLE = Table(256, 512, (Item("layers.0.w", "bfloat16", (3, 4), 0, 24), Item("b", "float32", (8,), 256, 32)))
 MESSAGES: dict[Any, tuple[Message, ...]] = {
-    FromServer: (Attach(0, (SharedHandle("memfd", 9),), "p", (TABLE,)), Load(1), Release(), Commit("v"), Abort("no")),
-    FromWorker: (Hello(1, "GPU", None, False, ("p",)), Loaded(0, 0.5, 0.25), Failed("load", 3, "why", True)),
+    FromServer: (
+        Attach(0, (SharedHandle("memfd", 9),), "p", (TABLE,), slicing=Slicing(("x",), b"\x03", True)),
+        Load(1),
+        Release(),
+        Commit("v"),
+        Abort("no"),
+    ),
+    FromWorker: (
+        Hello(1, "GPU", None, False, ("p",), ("x",)),
+        Loaded(0, 0.5, 0.25),
+        Ready(0.5, sums=b"12345678", taken=b"x"),
+        Failed("load", 3, "why", True),
+    ),
     OverLink: (
         Introduce(1, b"secret"),
         Give(1, "a", b"x"),

@@ -61,7 +61,7 @@ class Net(torch.nn.Module):
 
 
 class Loader:
-    """kind: what is peculiar in how it loads norms (or, "keeps", the parts of qkv)."""
+    """kind: what is peculiar in how it loads norms (or, "keeps" and "drops a row", the parts of qkv)."""
 
     def __init__(self, net: Net, rank: int, world_size: int, kind: str) -> None:
         self.net, self.rank, self.world_size, self.kind = net, rank, world_size, kind
@@ -81,6 +81,8 @@ class Loader:
         mine = slice(self.rank * half, (self.rank + 1) * half)
         if kind in "qkv":
             place = "qkv".index(kind) * half
+            if self.kind == "drops a row" and kind == "v":
+                mine, half = slice(mine.start, mine.stop - 1), half - 1
             if self.kind == "keeps" and kind in "qk":  # until the other one comes
                 if (other := self._kept.pop(number, None)) is None:
                     self._kept[number] = tensor[mine].clone()

@@ -115,7 +115,6 @@ def _sum(  # type: ignore[no-untyped-def]
             x = tl.load((address + place * 8).to(tl.pointer_type(tl.int64)), mask=place < whole, other=0)
             x = tl.where(place == whole, last, x)
             s = tl.sum((x & 0xFFFFFFFF) * low_weights + ((x >> 32) & 0xFFFFFFFF) * high_weights, axis=1)
-            s = s ^ ((s >> 32) & 0xFFFFFFFF)
             inside = number * (WORDS * 8) < nbytes
             total += tl.where(inside, s * tl.load(places + number, mask=inside, other=0), 0)
         tl.atomic_add(totals + run, tl.sum(total, axis=0), sem="relaxed")

@@ -3,21 +3,24 @@
 A run of bytes is cut into chunks of 4 KiB, the last one filled up with zeroes, and a chunk into little-endian 32-bit words u:
 
     S(chunk)  =  sum of W[k] * u[k]                      k = 0 .. 1023: the word's place in the chunk
-    digest    =  sum of P[c] * fold(S(chunk c))  +  L * length            c: the chunk's number
-    fold(s)   =  s xor (s >> 32), which loses nothing
+    digest    =  sum of P[c] * S(chunk c)  +  L * length                  c: the chunk's number
 
-The weights are 64-bit numbers drawn once and for all (splitmix64: Steele, Lea, Flood, "Fast splittable pseudorandom number
-generators", 2014), all odd but W[1023], which is an odd number times 2^32.
+The weights are odd 64-bit numbers drawn once and for all (splitmix64: Steele, Lea, Flood, "Fast splittable pseudorandom number
+generators", 2014).
 
 What it catches. For certain: any change inside one 32-bit word, so every flipped bit; a length that is not the announced one.
-Everything else by chance: of all choices of weights a share of at most 2^-31 hides a given change, whatever it is (the bound of
-multilinear hashing, once for each of the two levels); it is that large only where nothing but the highest bits of 32-bit
-words changed, and about 2^-63 for most changes: swapped words, rows or chunks, shifted or repeated data, stale or torn pages.
-A plain sum would miss all of these, and one of 64-bit words with odd weights any two flips of a word's highest bit.
+Everything else by chance: of all choices of weights a share of less than 2^-26 hides a given change, whatever it is. (Let 2^v be
+the highest power of two that divides all words' changes, v <= 31, and 2^j the one that divides a changed chunk's S. Among odd W
+j has the probability 2^(v - j) or less, for v < j < 64; P hides such a change with 2^(j - 63). For all j that makes
+(64 - v) * 2^(v - 63), and S does not change at all with 2^(v - 63).) It is that large only where nothing but the highest bits of
+32-bit words changed, in several chunks; less than 2^-41 where the signs of 16-bit numbers are the highest that changed; and
+about 2^-57 for most changes: swapped words, rows or chunks, shifted or repeated data, stale or torn pages. A plain sum would
+miss all of these, and one of 64-bit words with odd weights any two flips of a word's highest bit.
 
 What it does not: somebody who knows the weights, which are no secret, can make bytes that have any digest he likes.
 
-Sums of parts add up to the sum of the whole: parts can be summed in any order, by any thread or block of threads.
+It is linear in the bytes: sums of parts add up to the sum of the whole, however it is cut, where every part has the weights of
+its place in the whole (memory.slices). So parts can be summed in any order, by any thread, block of threads, or process.
 """
 
 from __future__ import annotations
@@ -66,10 +69,10 @@ def _drawn(numbers: torch.Tensor) -> torch.Tensor:
 # no fast way to 32-bit words, gets the same sum from 64-bit words x: sum of _AT_0 * x, plus sum of _AT_4 * y, where y are
 # the words that begin 4 bytes later. (Every W is a free 64-bit number nevertheless: the map between the two is one to one.)
 _AT_0 = _drawn(torch.arange(WORDS))
-_AT_4 = _drawn(torch.arange(WORDS, 2 * WORDS - 1))
+_AT_4 = _drawn(torch.arange(WORDS, 2 * WORDS))  # its last y has nothing of the next chunk in its upper half
 _none = torch.zeros(1, dtype=torch.int64)
-_LOW = _AT_0 + (torch.cat([_none, _AT_4]) << 32)
-_HIGH = torch.cat([_AT_4, _none]) + (_AT_0 << 32)
+_LOW = _AT_0 + (torch.cat([_none, _AT_4[:-1]]) << 32)
+_HIGH = _AT_4 + (_AT_0 << 32)
 
 _made: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 _places: dict[torch.device, torch.Tensor] = {}
@@ -102,10 +105,9 @@ def partial_sum(raw: torch.Tensor, first: int = 0) -> torch.Tensor:
     """
     if not raw.numel():
         return torch.zeros((), dtype=torch.int64, device=raw.device)
-    sums = _host_sums(raw) if raw.device.type == "cpu" else _device_sums(raw)
+    sums = chunk_sums(raw) if raw.device.type == "cpu" else _device_sums(raw)
     places = place_weights(raw.device, first + len(sums))[first : first + len(sums)]
-    folded = _shifted(sums, 32).bitwise_xor_(sums)
-    return torch.dot(folded, places) if raw.device.type == "cpu" else (folded * places).sum()
+    return torch.dot(sums, places) if raw.device.type == "cpu" else (sums * places).sum()
 
 
 def finish(total: int, nbytes: int) -> int:
@@ -126,16 +128,16 @@ def small_sums(raws: Sequence[torch.Tensor]) -> list[int]:
     for raw, count in zip(raws, rows, strict=True):
         ctypes.memmove(at, raw.data_ptr(), raw.numel())
         at += count * CHUNK_BYTES
-    sums = _host_sums(padded)
+    sums = chunk_sums(padded)
     places = place_weights(padded.device, max(rows, default=1))
-    weighted = _shifted(sums, 32).bitwise_xor_(sums).mul_(torch.cat([places[:count] for count in rows] or [places[:0]]))
+    weighted = sums.mul_(torch.cat([places[:count] for count in rows] or [places[:0]]))
     ends = [0, *itertools.accumulate(rows)]
     totals = torch.cat([_none, weighted.cumsum(0)])[torch.tensor(ends)]  # modulo 2^64, as all of this
     return [int(total) for total in totals.diff()]
 
 
-def _host_sums(raw: torch.Tensor) -> torch.Tensor:
-    """S of each chunk."""
+def chunk_sums(raw: torch.Tensor) -> torch.Tensor:
+    """S of each chunk of a CPU's memory, the last one filled up with zeroes. int64."""
     rows, rest = divmod(raw.numel(), CHUNK_BYTES)
     sums = torch.empty(rows + bool(rest), dtype=torch.int64)
     for row in range(0, rows, HOST_ROWS):
@@ -148,10 +150,23 @@ def _host_sums(raw: torch.Tensor) -> torch.Tensor:
 
 
 def _host_rows(address: int, out: torch.Tensor) -> None:
+    row_sums(address, out, WORDS)
+
+
+def row_sums(address: int, out: torch.Tensor, stride: int, first: int = 0, words: int = WORDS) -> None:
+    """Into `out` (int64) for each of its rows: the sum of W * u over 64-bit words [first, first + words) of a chunk, of which the
+    first row's lie at `address` and every further one's `stride` words after."""
     rows = len(out)
+    span = (rows - 1) * stride + words
+    x = _words_at(address, span).as_strided((rows, words), (stride, 1))
     # torch's products of int64 matrices and vectors make no copies, start no threads and let other threads run.
-    torch.mv(_words_at(address, rows * WORDS).view(rows, WORDS), _AT_0, out=out)
-    out.addmv_(_words_at(address + 4, rows * WORDS - 1).as_strided((rows, WORDS - 1), (WORDS, 1)), _AT_4)
+    torch.mv(x, _AT_0[first : first + words], out=out)
+    if words > 1:
+        y = _words_at(address + 4, span - 1).as_strided((rows, words - 1), (stride, 1))
+        out.addmv_(y, _AT_4[first : first + words - 1])
+    out.add_(_shifted(x[:, -1], 32).mul_(_AT_4[first + words - 1]))  # half of a y that reaches out of these words
+    if first:
+        out.add_((x[:, 0] << 32).mul_(_AT_4[first - 1]))
 
 
 def _words_at(address: int, count: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from checkpoint_engine.transport.messages import Again, Loaded, Ready, Spent, St
 
 class Heard:
     """again: it needs the stream once more. way, reads: as in Ready; way "": it is not ready. notes: of its load plan.
-    spans: as in Spent."""
+    spans: as in Spent. sums, taken: as in Ready."""
 
     def __init__(self) -> None:
         self._load = self._engine = self._hook = 0.0
@@ -19,6 +19,7 @@ class Heard:
         self.reads = -1
         self.notes: tuple[str, ...] = ()
         self.spans: tuple[Span, ...] = ()
+        self.sums = self.taken = b""
 
     def loaded(self, message: Loaded) -> None:
         self._load += message.seconds
@@ -30,6 +31,7 @@ class Heard:
             self.again = True
         else:
             self._hook, self.way, self.reads = message.seconds, message.way, message.pull
+            self.sums, self.taken = message.sums, message.taken
 
     def _tell(self, spent: Spent) -> None:
         self._spent, self.notes, self.spans = spent.seconds, spent.notes, spent.spans

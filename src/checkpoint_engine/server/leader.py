@@ -5,10 +5,13 @@ Pure state: it hears messages and gives orders; time is an argument.
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Sequence
 
-from checkpoint_engine.errors import DeadlineError, ProtocolError
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, ProtocolError
+from checkpoint_engine.server.events import VERIFY
+from checkpoint_engine.server.slices import SliceCheck
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.timeline import Span, Timeline
 from checkpoint_engine.transport import messages as m
@@ -22,11 +25,13 @@ class Leader:
     """The first pass begins when every rank's worker is there, but for ranks that said that none will come; a further one
     when some worker asks for it. Ranks without one relay. A request that returned proves nothing; the update ends when all
     have returned, no pass runs and no worker waits. A pass is streamed again to workers that ask for it, and commits when all are
-    ready."""
+    ready, and the slices that they took, if these are checked, are what was registered."""
 
-    def __init__(self, number: int, world_size: int, settings: Settings, now: float) -> None:
+    def __init__(self, number: int, world_size: int, settings: Settings, now: float, slices: SliceCheck | None = None) -> None:
         self._number, self._everybody, self._settings = number, frozenset(range(world_size)), settings
+        self._slices = slices
         self._waiting: dict[int, int] = {}  # rank -> workers that wait there
+        self._names: dict[int, collections.deque[tuple[str, ...]]] = collections.defaultdict(collections.deque)  # theirs
         self._returned: set[int] = set()
         self._absent: set[int] = set()
         self._done: dict[int, m.PassDone] = {}
@@ -42,6 +47,7 @@ class Leader:
         match message:
             case m.Waiting():
                 self._waiting[sender] = self._waiting.get(sender, 0) + 1
+                self._names[sender].append(message.slices)
             case m.Returned(absent=absent):
                 self._returned.add(sender)
                 if absent:
@@ -51,6 +57,8 @@ class Leader:
                     raise ProtocolError(
                         f"the worker of rank {sender} asks for pass {number} once more, after {MAX_REPEATS} times"
                     )
+                if self._slices is not None:
+                    self._slices.hear(sender, message.sums, message.taken)
                 self._done[sender] = message
             case m.Settled(pass_=number, spans=spans) if self._state == "committing" and number == self._pass:
                 self._settled.add(sender)
@@ -103,20 +111,29 @@ class Leader:
         return m.End(self._number, tuple(each.stats for each in done), ways, notes)
 
     def _begin(self, ranks: set[int]) -> m.Begin:
+        names = {rank: self._names[rank].popleft() for rank in ranks}
         for rank in ranks:
             self._waiting[rank] -= 1
         self._pass, self._repeats = self._pass + 1, 1
         self._state, self._grace_ends, self._attach_by = "loading", math.inf, math.inf
         self._done.clear()
-        return m.Begin(self._number, self._pass, tuple(sorted(ranks)))
+        slicing = m.Slicing() if self._slices is None else self._slices.begin(names, len(self._everybody))
+        return m.Begin(self._number, self._pass, tuple(sorted(ranks)), slicing=slicing)
 
     def _repeat(self, ranks: set[int]) -> m.Begin:
         self._pass, self._repeats = self._pass + 1, self._repeats + 1
         self._done.clear()
-        return m.Begin(self._number, self._pass, tuple(sorted(ranks)), again=True)
+        slicing = m.Slicing() if self._slices is None else self._slices.slicing
+        return m.Begin(self._number, self._pass, tuple(sorted(ranks)), again=True, slicing=slicing)
 
-    def overdue(self, now: float) -> tuple[int, str, DeadlineError] | None:
-        """(rank, stage, error) when the first pass's workers ought to have come by now."""
+    def trouble(self, now: float) -> tuple[int, str, CheckpointEngineError] | None:
+        """(rank, stage, error) when the first pass's workers ought to have come by now; or when all are ready, and what one took
+        is not what was registered."""
+        loaded = self._state == "loading" and self._done.keys() == self._everybody
+        if self._slices is not None and loaded and not any(done.again for done in self._done.values()):
+            wrong = self._slices.verdict()
+            if wrong is not None:
+                return wrong[0], VERIFY, wrong[1]
         if now < self._attach_by:
             return None
         missing = self._missing_workers()

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import msgspec
 import torch
 
 from checkpoint_engine.devices.base import Event
@@ -195,8 +194,9 @@ class Pass:
         worker = self._worker
         if worker is not None:
             attach, descriptors = self._attachment()
-            digests = b"" if self._expected is None else self._expected.digests
-            worker.send(msgspec.structs.replace(attach, digests=digests), descriptors, seconds=self._remaining())
+            if self._expected is not None:
+                attach = self._expected.put_into(attach)
+            worker.send(attach, descriptors, seconds=self._remaining())
         for bucket in self._plan.buckets:
             if (entry := self._next_arrival()) is None:
                 raise Stopped("stopped")

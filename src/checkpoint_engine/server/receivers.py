@@ -146,6 +146,7 @@ class FetchUpdater(Updater):
         self._agreed: _Agreed | None = None
         self._keeping = False
         self._landing: tuple[Landing, tuple[Slot, ...]] | None = None
+        self._book = None
 
     def fetch(
         self,

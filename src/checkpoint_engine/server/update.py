@@ -14,10 +14,11 @@ from collections.abc import Callable
 
 import torch
 
-from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, UpdateError, bare, said
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, UpdateError, said
 from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.server.crew import Crew
 from checkpoint_engine.server.events import PassEnded, RequestDone, SessionFailed, WorkerCame
+from checkpoint_engine.server.expected import Expected
 from checkpoint_engine.server.heard import Heard
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.leader import Leader
@@ -25,6 +26,7 @@ from checkpoint_engine.server.level import await_verdict, level, telling
 from checkpoint_engine.server.pipeline import Pass, PassError
 from checkpoint_engine.server.report import Outcome
 from checkpoint_engine.server.request import Request, RequestFunction
+from checkpoint_engine.server.running import start
 from checkpoint_engine.server.served import Served
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.timeline import Recorder
@@ -49,7 +51,8 @@ class _Fail(Exception):
 
 class UpdateRun:
     """inbox: of this update. hosts: of all ranks, for messages. served: what this rank's workers served before. make_pass: the
-    kind of pass. device: uuid a worker on this rank must have, None: not checked. recorder: of this rank's timeline."""
+    kind of pass. device: uuid a worker on this rank must have, None: not checked. recorder: of this rank's timeline.
+    expected: what workers check, None: nothing."""
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class UpdateRun:
         device: str | None = None,
         progress: Callable[[int], None] | None = None,
         recorder: Recorder | None = None,
+        expected: Expected | None = None,
     ) -> None:
         self._recorder = recorder or Recorder(enabled=False)
         self._inbox, self._number = inbox, inbox.update
@@ -75,7 +79,9 @@ class UpdateRun:
         self._rank = links.rank
         self._deadline = time.monotonic() + settings.timeout
         self._crew = Crew(served)
-        self._leader = Leader(inbox.update, links.world_size, settings, time.monotonic()) if self._rank == LEADER else None
+        self._expected, slices = expected, None if expected is None else expected.slices()
+        leads = self._rank == LEADER
+        self._leader = Leader(inbox.update, links.world_size, settings, time.monotonic(), slices) if leads else None
         self._pass: Pass | None = None
         self._pass_thread: threading.Thread | None = None
         self._pass_number = 0
@@ -137,8 +143,8 @@ class UpdateRun:
             raise self._fail("update", str(e)) from e
 
     def _check_deadlines(self, deadline: float) -> None:
-        if self._leader is not None and (late := self._leader.overdue(time.monotonic())):
-            raise self._fail(late[1], str(late[2]), late[0])
+        if self._leader is not None and (found := self._leader.trouble(time.monotonic())):
+            raise self._fail(found[1], str(found[2]), found[0])
         if time.monotonic() >= deadline:
             what, ranks = f"rank {LEADER} to end the update", frozenset([LEADER])
             if self._leader is not None:
@@ -203,7 +209,7 @@ class UpdateRun:
         self._crew.came(worker)
         if self._device is not None and worker.hello.device != self._device:
             raise self._fail("attach", f"a worker on {worker.hello.device} took the handle of {self._device} (rank {self._rank})")
-        self._links.send(LEADER, m.Waiting(self._number, self._crew.asked))
+        self._links.send(LEADER, m.Waiting(self._number, self._crew.asked, worker.hello.slices))
 
     def _begin(self, begin: m.Begin) -> None:
         if begin.again:
@@ -213,6 +219,8 @@ class UpdateRun:
             self._recorder.lap("wait")
         worker = self._crew.take(again=begin.again) if self._rank in begin.ranks else None
         self._pass_number, self._ready = begin.pass_, False
+        if self._expected is not None:
+            self._expected.ask(begin.slicing, self._rank)
         self._pass = self._make_pass(
             self._plan,
             self._lane,
@@ -223,27 +231,18 @@ class UpdateRun:
             self._deadline,
             self._progress if begin.pass_ == 1 else None,
             self._recorder,
+            self._expected,
         )
-        self._pass_thread = threading.Thread(target=self._run_pass, args=(self._pass,), name="pass", daemon=True)
-        self._pass_thread.start()
-
-    def _run_pass(self, running: Pass) -> None:
-        stats, error = None, None
-        try:
-            stats = running.run()
-        except CheckpointEngineError as e:
-            error = bare(e)
-        except Exception as e:  # nobody else would hear of it
-            error = PassError("update", f"{type(e).__name__}: {e}")
-        self._put(PassEnded(stats, error))
+        self._pass_thread = start(self._pass, self._put)
 
     def _pass_over(self, stats: dict[str, m.StageStats]) -> None:
         heard = self._pass.heard if self._pass is not None else Heard()
         self._crew.heard(heard, stats)
         self._ready = not heard.again
-        crew = self._crew
-        done = m.PassDone(self._number, self._pass_number, crew.stats, heard.again, crew.ways, crew.notes)
-        self._links.send(LEADER, done)
+        crew, told = self._crew, (heard.sums, heard.taken)
+        self._links.send(
+            LEADER, m.PassDone(self._number, self._pass_number, crew.stats, heard.again, crew.ways, crew.notes, *told)
+        )
 
     def _commit(self) -> None:
         self._ready = False

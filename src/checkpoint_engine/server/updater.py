@@ -26,14 +26,15 @@ from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.gather import Gatherer
 from checkpoint_engine.server.keeper import Keeper
 from checkpoint_engine.server.lane import Lane
-from checkpoint_engine.server.mapped import MappedPass, OpenRegions, describe
+from checkpoint_engine.server.mapped import MappedPass, describe
 from checkpoint_engine.server.neighbours import meet_neighbours
 from checkpoint_engine.server.offer import Offer, exchange_offers, verified
 from checkpoint_engine.server.pipeline import Pass
-from checkpoint_engine.server.pull import AheadPass, Method, Puller
+from checkpoint_engine.server.pull import AheadPass, Puller
 from checkpoint_engine.server.report import UpdateReport, make_report, method_name
 from checkpoint_engine.server.request import RequestFunction
 from checkpoint_engine.server.served import Commit, Served
+from checkpoint_engine.server.slices import SliceBook
 from checkpoint_engine.server.update import CAUSE_SECONDS, UpdateRun
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.timeline import Recorder, span_limit
@@ -73,6 +74,7 @@ class Updater:
         self._fleet, self._device, self._keeper = fleet, device, keeper
         self._gatherer, self._registry, self._served = gatherer, registry, served
         self._puller = Puller(device)
+        self._book: SliceBook | None = SliceBook()
         self._make_pass: Callable[..., Pass] = Pass
 
     def update(
@@ -98,7 +100,7 @@ class Updater:
             recorder = Recorder(time.perf_counter(), span_limit(len(offers)), enabled=settings.timelines)
             plan, manifest = prepared.plan, prepared.manifest
             method, opened = self._puller.open(stack, links, offers, plan, manifest, settings.join_timeout)
-            make_pass = self._pass(offers, prepared, method, opened)
+            make_pass = partial(MappedPass if method.pull else AheadPass, opened) if opened else self._make_pass
             lane = stack.enter_context(self._empty_lane()) if method.pull else self._join(stack, number, offers, plan, settings)
             recorder.lap("join")
             run = UpdateRun(
@@ -115,6 +117,7 @@ class Updater:
                 self._device.uuid if self._device.kind != "cpu" else None,
                 progress,
                 recorder,
+                self._expected(offers, prepared),
             )
             with self._served.updating(Commit(prepared.manifest, offers[0].version)):
                 outcome = run.run(req_func, [(o.device, o.handle) for o in offers])
@@ -122,15 +125,16 @@ class Updater:
         self._give_back(name, settings)
         self._puller.settle(offers, plan, outcome.reads, mapped=opened is not None)
         by = method_name(lane.method, outcome.ways, mapped=method.pull)
-        report = make_report(offers[0].version, by, plan.nbytes, time.perf_counter() - start, outcome)
+        return self._logged(make_report(offers[0].version, by, plan.nbytes, time.perf_counter() - start, outcome))
+
+    def _logged(self, report: UpdateReport) -> UpdateReport:
         log.info("rank %d: %s", self._fleet.rank, report)
         return report
 
-    def _pass(self, offers: list[Offer], prepared: Prepared, method: Method, opened: OpenRegions | None) -> Callable[..., Pass]:
-        make = partial(MappedPass if method.pull else AheadPass, opened) if opened else self._make_pass
+    def _expected(self, offers: list[Offer], prepared: Prepared) -> Expected | None:
         if not verified(offers, self._device.kind):
-            return make
-        return partial(make, expected=Expected(prepared.plan, prepared.manifest, prepared.sources))
+            return None
+        return Expected(prepared.plan, prepared.manifest, prepared.sources, self._book)
 
     def _listen(self, inbox: Inbox, settings: Settings) -> SessionListener:
         rank = self._fleet.rank

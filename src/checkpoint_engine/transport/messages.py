@@ -8,7 +8,7 @@ from checkpoint_engine.devices.base import SharedHandle
 from checkpoint_engine.planning.plan import Item
 from checkpoint_engine.timeline import Span
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised by one whenever a message changes its meaning; both ends come from the installed package."""
 
 
@@ -16,17 +16,29 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """A tagged array on the wire: [type, field, ...]."""
 
 
+class Slicing(msgspec.Struct, frozen=True, array_like=True):
+    """How slices are checked (planning.slices). names: of what workers take (Taken.name): in Begin by rank, in Attach of that
+    worker. items: a bit for each of the plan's tensors, the lowest of each byte first: 1 where the sum of the worker's slices is
+    asked for instead of a check of the whole. tell: say in Ready what you take."""
+
+    names: tuple[str, ...] = ()
+    items: bytes = b""
+    tell: bool = False
+
+
 # --- worker -> server, over a session ---------------------------------------------------------------------------------
 
 
 class Hello(Message, frozen=True):
-    """I am ready to load. `plans`: digests of the tables that I still have."""
+    """I am ready to load. `plans`: digests of the tables that I still have. slices: names (Taken.name) of what I take where I
+    replay, whose sums I can make."""
 
     pid: int
     device: str
     version: str | None
     dirty: bool
     plans: tuple[str, ...]
+    slices: tuple[str, ...] = ()
 
 
 class Loaded(Message, frozen=True):
@@ -58,12 +70,15 @@ class Again(Message, frozen=True):
 class Ready(Message, frozen=True):
     """Everything is loaded, the ring unmapped and the post-hook done; `seconds` inside it. way: how the last stream was loaded,
     "loader", "proved" or "replayed". pull: bytes that a replay of this checkpoint reads on this rank; -1: there is no
-    plan for it, or this worker cannot read the servers' memory."""
+    plan for it, or this worker cannot read the servers' memory. sums: 8 bytes, little-endian, for each tensor that Attach
+    asked for the slices of. taken: an encoded Taken, if it was asked for and this worker is going to replay."""
 
     seconds: float
     spent: Spent = Spent()
     way: str = "loader"
     pull: int = -1
+    sums: bytes = b""
+    taken: bytes = b""
 
 
 class Committed(Message, frozen=True):
@@ -95,7 +110,8 @@ class Table(Message, frozen=True):
 class Attach(Message, frozen=True):
     """Map these memories (descriptors travel beside the message): the ring, or all ranks' regions. `tables` is None when
     Hello named the plan. ahead: all ranks' regions, which a later update is going to be pulled from; their descriptors follow.
-    digests: of the tables' tensors, in order (planning.digests), which they must have; empty: nothing is checked."""
+    digests: of the tables' tensors, in order (planning.digests), which they must have; empty: nothing is checked. slicing: of
+    which tensors only slices are."""
 
     rank: int
     memories: tuple[SharedHandle, ...]
@@ -103,6 +119,7 @@ class Attach(Message, frozen=True):
     tables: tuple[Table, ...] | None
     ahead: tuple[SharedHandle, ...] = ()
     digests: bytes = b""
+    slicing: Slicing = Slicing()
 
 
 class Load(Message, frozen=True):
@@ -163,10 +180,11 @@ class Withdrawn(Message, frozen=True):
 
 
 class Waiting(Message, frozen=True):
-    """A worker of this rank waits for pass number `pass_`."""
+    """A worker of this rank waits for pass number `pass_`. slices: as in Hello."""
 
     update: int
     pass_: int
+    slices: tuple[str, ...] = ()
 
 
 class Returned(Message, frozen=True):
@@ -178,12 +196,13 @@ class Returned(Message, frozen=True):
 
 class Begin(Message, frozen=True):
     """Leader: start pass `pass_`; the workers of `ranks` take part, the others' ranks relay. again: they are workers of the pass
-    before, which need its stream once more; that pass's other workers are ready."""
+    before, which need its stream once more; that pass's other workers are ready. slicing: what to ask of them."""
 
     update: int
     pass_: int
     ranks: tuple[int, ...]
     again: bool = False
+    slicing: Slicing = Slicing()
 
 
 class StageStats(msgspec.Struct, frozen=True):
@@ -195,7 +214,7 @@ class StageStats(msgspec.Struct, frozen=True):
 
 class PassDone(Message, frozen=True):
     """This rank's worker is ready to commit pass `pass_` (or had none in it); again: it needs the stream once more first.
-    stats, ways, notes: of the whole update so far."""
+    stats, ways, notes: of the whole update so far. sums, taken: as in Ready."""
 
     update: int
     pass_: int
@@ -203,6 +222,8 @@ class PassDone(Message, frozen=True):
     again: bool = False
     ways: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    sums: bytes = b""
+    taken: bytes = b""
 
 
 class CommitPass(Message, frozen=True):

@@ -26,17 +26,22 @@ class Check(Closing):
 
     ahead    how many buckets may be begun before the first of them is loaded
     seconds  at work, nbytes: checked; when all is over
+    sums     of the slices that were asked for (worker.slices); when all is over
     """
 
     ahead = 1
     seconds = 0.0
     nbytes = 0
+    sums = b""
 
     def begin(self, bucket: int, items: Sequence[int] | None) -> None:
         """Its bytes are there. items: numbers of those of its tensors that any byte is taken of; None: perhaps of all."""
 
     def before_load(self, bucket: int) -> None:
         """Raises IntegrityError where it is known by now that the bucket is not what was registered."""
+
+    def loaded(self, bucket: int) -> None:
+        """It is loaded, or that is queued."""
 
     def finish(self) -> None:
         """Raises IntegrityError when any bucket was not."""

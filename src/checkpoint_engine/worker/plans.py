@@ -13,7 +13,9 @@ from checkpoint_engine.loads.model import Model
 from checkpoint_engine.loads.moves import Source
 from checkpoint_engine.loads.plan import LoadPlan
 from checkpoint_engine.loads.replay import Prepared, Replayer
+from checkpoint_engine.planning.slices import Taken
 from checkpoint_engine.transport.messages import Table
+from checkpoint_engine.worker.slices import taken_of
 
 KEPT_PLANS = 4
 """Checkpoints (by the tensors' names, shapes and buckets) that are remembered of one model."""
@@ -35,21 +37,31 @@ class Runnable:
     """A plan on the model it was recorded on, and what was worked out for each layout of its checkpoint.
 
     It does not keep the model's memory: use it while the model has the fingerprint that it was recorded with.
+    taken: what it takes of the checkpoint's tensors, and its name, once `buckets` was asked for.
     """
 
     def __init__(self, plan: LoadPlan, model: Model) -> None:
         """Raises LoadPlanError."""
-        self.plan = plan
-        self._replayer = Replayer(plan, model.unheld())
+        self.plan, self._model = plan, model.unheld()
+        self._replayer = Replayer(plan, self._model)
+        self.taken, self.taken_name = Taken(()), ""
         self._layouts: collections.OrderedDict[str, tuple[PreparedBucket, ...]] = collections.OrderedDict()
 
     def buckets(self, layout: str, tables: Sequence[Table]) -> tuple[PreparedBucket, ...]:
         """layout: what `tables` are kept under. Raises LoadPlanError, and ImportError where a device needs Triton."""
+        if not self.taken_name:
+            self.taken = taken_of(self.plan, tables)
+            self.taken_name = self.taken.name
         if layout not in self._layouts:
             self._layouts[layout] = tuple(self._prepare(table) for table in tables)
             while len(self._layouts) > KEPT_LAYOUTS:
                 self._layouts.popitem(last=False)
         return self._layouts[layout]
+
+    @property
+    def storages(self) -> Sequence[torch.Tensor]:
+        """Where it writes: uint8."""
+        return self._model.bytes
 
     def _prepare(self, table: Table) -> PreparedBucket:
         prepared = self._replayer.prepare(Source(i.name, i.memory, table.offset + i.offset) for i in table.items)
@@ -85,6 +97,11 @@ def lookup(module: torch.nn.Module, model: str, checkpoint: str) -> Kept | None:
         return None
     plans.move_to_end(checkpoint)
     return found
+
+
+def trusted(module: torch.nn.Module) -> list[Runnable]:
+    """All plans that are kept for it, whether or not the model is what it was."""
+    return [kept.plan for kept in _kept.get(module, {}).values() if kept.plan is not None]
 
 
 def keep(module: torch.nn.Module, checkpoint: str, kept: Kept) -> None:

@@ -18,7 +18,7 @@ from checkpoint_engine.loads.proof import Proof
 from checkpoint_engine.loads.recordable import Recordable
 from checkpoint_engine.loads.recorder import Recorder
 from checkpoint_engine.transport.messages import Table
-from checkpoint_engine.worker.plans import Kept, PreparedBucket, Runnable, drop, keep, lookup
+from checkpoint_engine.worker.plans import Kept, PreparedBucket, Runnable, drop, keep, lookup, trusted
 from checkpoint_engine.worker.views import Views
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class Loads:
     way       of the last stream
     spent     seconds by what was done beside and instead of loading: record, prove, replay
     notes     for people: why a plan was not made, or not used
+    offered   what this worker takes by the plans that it has, by name; nothing on a GPU, where sums of slices cannot be made yet
     """
 
     def __init__(self, run: LoadWeights, engine: Recordable | None, device: Device) -> None:
@@ -49,6 +50,8 @@ class Loads:
         self.way = Way.LOADER
         self.spent: dict[str, float] = {}
         self.notes: list[str] = []
+        plans = trusted(engine.module) if engine is not None and device.kind == "cpu" else []
+        self.offered = {plan.taken_name: plan.taken for plan in plans}
         self._checkpoint = ""
         self._tables: tuple[Table, ...] = ()
         self._layout = ""
@@ -199,8 +202,21 @@ class Loads:
     @property
     def reads(self) -> int:
         """Bytes that the next replay of this checkpoint reads; -1: it would not be replayed."""
-        trusted = self.way in (Way.PROVE, Way.REPLAY) and self._plan is not None and self._broken is None
-        return self._plan.reads(self._tables) if trusted and self._plan is not None else -1
+        return self._plan.reads(self._tables) if self._plan is not None and self._runs else -1
+
+    @property
+    def _runs(self) -> bool:
+        return self.way in (Way.PROVE, Way.REPLAY) and self._broken is None
+
+    @property
+    def taken(self) -> bytes:
+        """What the next replay of this checkpoint takes, encoded; empty: it would not be replayed."""
+        return self._plan.taken.encode() if self._plan is not None and self._runs and self._device.kind == "cpu" else b""
+
+    @property
+    def replaying(self) -> Runnable | None:
+        """What this stream replays."""
+        return self._plan if self.way is Way.REPLAY else None
 
     def _refuse(self, reason: str) -> None:
         """Remember that this model and this checkpoint have no plan, and why; and go on with the loader."""

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -17,11 +17,9 @@ from checkpoint_engine.devices.base import Device, Event, get_device
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineError,
-    IntegrityError,
     PeerLostError,
     ProtocolError,
     WorkerUpdateError,
-    said,
 )
 from checkpoint_engine.loads.recordable import Recordable
 from checkpoint_engine.settings import Settings
@@ -45,7 +43,9 @@ from checkpoint_engine.transport.messages import (
 from checkpoint_engine.transport.session import ServerChannel, connect
 from checkpoint_engine.worker.attached import known_plans, mappings, tables_of, views_of
 from checkpoint_engine.worker.check import Check, make_check
+from checkpoint_engine.worker.failing import Failure, failing
 from checkpoint_engine.worker.recorded import Loads, LoadWeights
+from checkpoint_engine.worker.slices import with_slices
 from checkpoint_engine.worker.state import WeightsState, weights_state
 from checkpoint_engine.worker.views import Views
 from checkpoint_engine.worker.work import Work
@@ -98,22 +98,6 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-class _Failure(Exception):
-    def __init__(self, stage: str, bucket: int, error: BaseException) -> None:
-        self.stage, self.bucket = stage, bucket
-        self.reason = said(error)
-        self.wrong = error.tensors if isinstance(error, IntegrityError) and stage == "verify" else ()
-
-
-@contextlib.contextmanager
-def _failing(stage: str, bucket: int = -1) -> Iterator[None]:
-    """What the block raises is this stage's failure."""
-    try:
-        yield
-    except Exception as e:
-        raise _Failure(stage, bucket, e) from e
-
-
 class _Session:
     channel: ServerChannel
 
@@ -132,7 +116,7 @@ class _Session:
         self.device.bind_thread()
         recorded = settings.recorded_loads == "on" or (settings.recorded_loads == "auto" and self.device.kind == "cpu")
         self.loads = Loads(run, model if recorded else None, self.device)
-        self.soiled = False
+        self.soiled, self._tell, self._sums = False, False, b""
         self._work = Work(self.device)
         self._queued: collections.deque[tuple[Loaded, Event, float]] = collections.deque()
 
@@ -145,12 +129,12 @@ class _Session:
     def receive(self) -> str:
         try:
             version, dirty = self.state.read()
-            self._send(Hello(os.getpid(), self.device.uuid, version, dirty, known_plans()))
+            self._send(Hello(os.getpid(), self.device.uuid, version, dirty, known_plans(), tuple(self.loads.offered)))
             while self._load_all():
                 self._send(Again(self._spent()))
             self._finish()
             return self._commit()
-        except _Failure as e:
+        except Failure as e:
             self.loads.failed()
             # The server may have gone first; then it knows already.
             with contextlib.suppress(CheckpointEngineError):
@@ -158,6 +142,8 @@ class _Session:
             where = f"{e.stage} of bucket {e.bucket}" if e.bucket >= 0 else e.stage
             raise WorkerUpdateError(f"{where} failed here: {e.reason}", dirty=self.state.dirty) from e.__cause__
         except CheckpointEngineError as e:
+            if self._sums:  # what was replayed may have been found to be wrong
+                self.loads.failed()
             raise WorkerUpdateError(str(e), dirty=self.state.dirty) from e
 
     def _load_all(self) -> bool:
@@ -171,11 +157,9 @@ class _Session:
                 memories = [mapped.enter_context(m).tensor for m in mappings(attach, descriptors, self.device)]
                 views = views_of(memories, self.device, self._index)
                 self.loads.begin(attach.plan, tables)
-                check = mapped.enter_context(
-                    make_check(attach, tables, memories, self.device, self.settings.timeout, self._work.checks)
-                )
+                check = mapped.enter_context(self._make_check(attach, tables, memories))
             except Exception as e:
-                raise _Failure("attach", -1, e) from e
+                raise Failure("attach", -1, e) from e
             self._work.did("attach", start)
             for bucket in self._buckets(len(tables), check):
                 self._load(bucket, tables[bucket], views, check)
@@ -183,6 +167,12 @@ class _Session:
                 self._report(self.settings.timeout)
             self._end_check(check)
         return self._end_stream()
+
+    def _make_check(self, attach: Attach, tables: tuple[Table, ...], memories: Sequence[torch.Tensor]) -> Check:
+        seconds, at_work, loads = self.settings.timeout, self._work.checks, self.loads
+        self._tell, self._sums = attach.slicing.tell, b""
+        whole = make_check(attach, tables, memories, self.device, seconds, at_work)
+        return with_slices(whole, attach.slicing, loads.offered, tables, memories, loads.replaying, seconds, at_work)
 
     def _buckets(self, count: int, check: Check) -> Iterator[int]:
         """Numbers of the stream's buckets, as they are to be loaded; the check of each begins when it is there."""
@@ -195,22 +185,23 @@ class _Session:
             elif isinstance(message, Load):
                 if not 0 <= message.bucket < count:
                     raise ProtocolError(f"the server sent bucket {message.bucket} of {count}")
-                with _failing("verify", message.bucket):
+                with failing("verify", message.bucket):
                     check.begin(message.bucket, self.loads.used(message.bucket))
                 ahead.append(message.bucket)
 
     def _end_check(self, check: Check) -> None:
-        with _failing("verify"):
+        with failing("verify"):
             check.finish()
         self._work.checked += check.nbytes
         self._work.checking += check.seconds
+        self._sums = check.sums
 
     def _end_stream(self) -> bool:
         start = time.perf_counter()
         try:
             return self.loads.end()
         except Exception as e:
-            raise _Failure("load", -1, e) from e
+            raise Failure("load", -1, e) from e
         finally:
             self._work.did("plan", start)
 
@@ -227,14 +218,15 @@ class _Session:
         return self._next("a bucket", Load, Release)
 
     def _load(self, bucket: int, table: Table, views: Views, check: Check) -> None:
-        with _failing("verify", bucket):
+        with failing("verify", bucket):
             check.before_load(bucket)
         start = time.perf_counter()
-        with _failing("load", bucket):
+        with failing("load", bucket):
             self.state.soil()
             self.soiled = True
             inside = self.loads.load(bucket, table, views)
             seconds = self._work.did("load", start, bucket)
+            check.loaded(bucket)
             self._queued.append((Loaded(bucket, seconds, inside), self.device.mark(), start + seconds))
 
     def _report(self, seconds: float) -> None:
@@ -244,11 +236,11 @@ class _Session:
         """
         while self._queued:
             loaded, copied, queued = self._queued[0]
-            with _failing("load", loaded.bucket):
+            with failing("load", loaded.bucket):
                 done = copied.wait(seconds)
             if not done:
                 if seconds:
-                    raise _Failure("load", loaded.bucket, DeadlineError("the device to copy it", seconds))
+                    raise Failure("load", loaded.bucket, DeadlineError("the device to copy it", seconds))
                 return
             self._queued.popleft()
             self._send(loaded)
@@ -257,13 +249,14 @@ class _Session:
 
     def _finish(self) -> None:
         start = time.perf_counter()
-        with _failing("post_hook"):
+        with failing("post_hook"):
             if self.post_hook is not None:
                 self.post_hook()
             self.device.synchronize()
         seconds = self._work.did("post_hook", start)
         reads = self.loads.reads if self.device.reads_regions else -1
-        self._send(Ready(seconds, self._spent(), self.loads.way.value, reads))
+        taken = self.loads.taken if self._tell else b""
+        self._send(Ready(seconds, self._spent(), self.loads.way.value, reads, self._sums, taken))
 
     def _spent(self) -> Spent:
         """Since the last time that it was told."""

@@ -1,0 +1,184 @@
+"""Whether the slices that workers took are those of what was registered: rank 0 adds up what they tell, before the commit.
+
+Who replays a load plan says what it takes of each tensor, once; from the next update on rank 0 knows which ranks' slices make up
+a tensor (planning.slices), asks the workers for the sums of theirs, and compares with the digests that the owners made.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+
+import torch
+
+from checkpoint_engine.errors import CheckpointEngineError, IntegrityError, ProtocolError
+from checkpoint_engine.memory.checksum import LENGTH_WEIGHT, finish, signed
+from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.planning.slices import Rule, Taken, rules
+from checkpoint_engine.transport.messages import Slicing
+
+KEPT_TAKEN = 8
+"""Of what one rank's workers take; each is some 30 bytes a tensor."""
+MAX_GUESSES = 64
+_MASK = (1 << 64) - 1
+
+Rules = tuple[Rule, ...]
+
+
+class SliceBook:
+    """What workers have said that they take, of the plans of one server's updates; and what follows from it."""
+
+    def __init__(self) -> None:
+        self._taken: collections.OrderedDict[tuple[str, str], Taken] = collections.OrderedDict()  # by plan and name
+        self._rules: collections.OrderedDict[tuple[str, tuple[str, ...]], Rules] = collections.OrderedDict()
+
+    def learn(self, plan: Plan, data: bytes, ranks: int) -> None:
+        """Raises ProtocolError when `data` is not what a worker takes of this plan's tensors. ranks: how many tell theirs."""
+        try:
+            taken = Taken.decode(data, sizes_of(plan))
+        except ValueError as e:
+            raise ProtocolError(str(e)) from e
+        self._taken[plan.digest, taken.name] = taken
+        while len(self._taken) > KEPT_TAKEN * ranks:
+            self._taken.popitem(last=False)
+
+    def known(self, plan: Plan, names: Sequence[str]) -> str | None:
+        """The first of these names that is known."""
+        return next((name for name in names if (plan.digest, name) in self._taken), None)
+
+    def rules(self, plan: Plan, names: tuple[str, ...]) -> Rules:
+        """Of those who take what has these names, all of them known and different."""
+        key = plan.digest, names
+        if key not in self._rules:
+            self._rules[key] = rules(sizes_of(plan), [self._taken[plan.digest, name] for name in names])
+            while len(self._rules) > KEPT_TAKEN:
+                self._rules.popitem(last=False)
+        return self._rules[key]
+
+
+def sizes_of(plan: Plan) -> list[int]:
+    """Bytes of the plan's tensors, in the order of its buckets."""
+    return [item.nbytes for bucket in plan.buckets for item in bucket.items]
+
+
+class SliceCheck:
+    """Of one update. For each pass `begin`, then `hear` what each rank tells of it, and its `verdict` when all have told.
+
+    slicing: what the workers of the pass are asked for.
+    """
+
+    def __init__(
+        self, book: SliceBook, plan: Plan, digests: bytes, mismatch: Callable[[Sequence[str], Sequence[int]], IntegrityError]
+    ) -> None:
+        """digests: as workers get them. mismatch: makes the error, of tensors' names and the ranks whose slices they may be."""
+        self._book, self._plan, self._mismatch = book, plan, mismatch
+        self._digests = _words(digests)
+        self._names: dict[int, str] = {}  # of the ranks whose worker is in the pass
+        self._sums: dict[int, torch.Tensor] = {}
+        self._rules: Rules = ()
+        self._asked = torch.zeros(0, dtype=torch.int64)  # numbers of tensors
+        self._ranks = 1
+        self.slicing = Slicing()
+
+    def begin(self, names: Mapping[int, Sequence[str]], ranks: int) -> Slicing:
+        """A pass begins. names: of what the workers say that they take, by rank; ranks: of the world."""
+        self._sums.clear()
+        self._ranks = ranks
+        found = {rank: self._book.known(self._plan, each) for rank, each in names.items()}
+        self._names = {rank: name for rank, name in found.items() if name is not None}
+        self._asked, self._rules = self._asked[:0], ()
+        tell = len(self._digests) > 0 and len(self._names) < len(names)
+        if len(self._digests) and not tell:
+            self._rules = self._book.rules(self._plan, self._different)
+            items = sorted(itertools.chain.from_iterable(rule.items for rule in self._rules))
+            asked = torch.tensor(items, dtype=torch.int64)
+            self._asked = asked[self._digests[asked] != 0]
+        if not len(self._asked):
+            self.slicing = Slicing(tell=tell)
+        else:
+            self.slicing = Slicing(tuple(self._names.get(rank, "") for rank in range(ranks)), self._bits(), tell)
+        return self.slicing
+
+    @property
+    def _different(self) -> tuple[str, ...]:
+        return tuple(sorted(set(self._names.values())))
+
+    def _bits(self) -> bytes:
+        bits = bytearray(-(-len(self._digests) // 8))
+        for item in self._asked.tolist():
+            bits[item // 8] |= 1 << item % 8
+        return bytes(bits)
+
+    def hear(self, rank: int, sums: bytes, taken: bytes) -> None:
+        """Of a stream; a later one of the pass counts. Raises ProtocolError for what was not asked for."""
+        if taken:
+            self._book.learn(self._plan, taken, self._ranks)
+        if not sums:
+            return
+        if rank not in self._names or len(sums) != 8 * len(self._asked):
+            raise ProtocolError(f"rank {rank} told {len(sums) // 8} sums of slices, asked for {len(self._asked)}")
+        self._sums[rank] = _words(sums)
+
+    def verdict(self) -> tuple[int, CheckpointEngineError] | None:
+        """What is wrong, and on which rank; None: nothing that was asked for is."""
+        if not len(self._asked):
+            return None
+        if missing := sorted(self._names.keys() - self._sums.keys()):
+            return missing[0], ProtocolError(f"the worker of rank {missing[0]} did not tell the sums of its slices")
+        wrong = torch.zeros(len(self._digests), dtype=torch.bool)
+        first: tuple[int, list[list[int]]] | None = None
+        for rule in self._rules:
+            for cover in self._covers(rule):
+                items = torch.tensor(rule.items, dtype=torch.int64)
+                items = items[self._digests[items] != 0]
+                bad = items[self._differ(items, cover)]
+                wrong[bad] = True
+                if len(bad) and (first is None or int(bad[0]) < first[0]):
+                    first = int(bad[0]), cover
+        if first is None:
+            return None
+        takers = self._blame(*first)
+        return takers[0], self._mismatch(self._named(first[0], wrong), takers)
+
+    def _covers(self, rule: Rule) -> list[list[list[int]]]:
+        """Of ranks instead of the numbers of what they take."""
+        ranks = [[rank for rank, name in sorted(self._names.items()) if name == each] for each in self._different]
+        return [[[rank for number in group for rank in ranks[number]] for group in cover] for cover in rule.covers]
+
+    def _differ(self, items: torch.Tensor, cover: list[list[int]]) -> torch.Tensor:
+        """For each of these tensors, whether its slices do not make up what was registered."""
+        at = torch.searchsorted(self._asked, items)
+        total = self._lengths[items] * signed(LENGTH_WEIGHT)
+        differ = torch.zeros(len(items), dtype=torch.bool)
+        for group in cover:
+            one = self._sums[group[0]][at]
+            total = total + one
+            for rank in group[1:]:
+                differ |= self._sums[rank][at] != one
+        total[total == 0] = 1  # as checksum.finish
+        return differ | (total != self._digests[items])
+
+    @cached_property
+    def _lengths(self) -> torch.Tensor:
+        return torch.tensor(sizes_of(self._plan), dtype=torch.int64)
+
+    def _blame(self, item: int, cover: list[list[int]]) -> list[int]:
+        """The ranks whose sums are not those by which the others' make up the tensor; all, where that tells nothing."""
+        at, nbytes = int(torch.searchsorted(self._asked, item)), sizes_of(self._plan)[item]
+        told = {rank: int(self._sums[rank][at]) for group in cover for rank in group}
+        choices = [list(dict.fromkeys(told[rank] for rank in group)) for group in cover]
+        for guess in itertools.islice(itertools.product(*choices), MAX_GUESSES):
+            if finish(sum(guess), nbytes) == int(self._digests[item]) & _MASK:
+                return [rank for group, right in zip(cover, guess, strict=True) for rank in group if told[rank] != right]
+        return sorted(told)
+
+    def _named(self, first: int, wrong: torch.Tensor) -> list[str]:
+        names = [item.name for bucket in self._plan.buckets for item in bucket.items]
+        return [names[first], *(names[item] for item in wrong.nonzero().flatten().tolist() if item != first)]
+
+
+def _words(packed: bytes) -> torch.Tensor:
+    """int64, from 8 bytes each, little-endian."""
+    return torch.frombuffer(bytearray(packed), dtype=torch.int64) if packed else torch.zeros(0, dtype=torch.int64)

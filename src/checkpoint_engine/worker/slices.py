@@ -1,0 +1,248 @@
+"""What a worker takes of each tensor, and the sums of that: of the bytes as they landed in the model.
+
+A worker that cannot replay, though it said that it would, checks whole tensors and makes the sums that it is asked for of the
+servers' memory: so the others' slices can be checked all the same.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from typing import NamedTuple, Protocol
+
+import torch
+
+from checkpoint_engine.devices.busy import Busy
+from checkpoint_engine.devices.host_digests import BLOCK_BYTES, THREADS, AtWork
+from checkpoint_engine.errors import DeadlineError, ProtocolError
+from checkpoint_engine.loads.plan import LoadPlan
+from checkpoint_engine.memory.checksum import CHUNK_BYTES
+from checkpoint_engine.memory.slices import slice_sum
+from checkpoint_engine.planning.digests import pack
+from checkpoint_engine.planning.slices import MAX_SLICES, Slice, Taken
+from checkpoint_engine.transport.messages import Slicing, Table
+from checkpoint_engine.worker.check import Check
+
+SMALL_BYTES = 1 << 16
+"""Tensors below this are checked whole: a sum of their slices takes as long."""
+
+
+class Piece(NamedTuple):
+    """A slice that lies in `raw` (uint8, one-dimensional) from `offset` on, its runs `strides` bytes apart."""
+
+    raw: torch.Tensor
+    offset: int
+    strides: tuple[int, ...]
+    part: Slice
+
+
+class Replaying(Protocol):
+    """A plan that is replayed on these storages, and the name of what it takes."""
+
+    @property
+    def plan(self) -> LoadPlan: ...
+    @property
+    def taken_name(self) -> str: ...
+    @property
+    def storages(self) -> Sequence[torch.Tensor]: ...
+
+
+def taken_of(plan: LoadPlan, tables: Sequence[Table]) -> Taken:
+    """What a replay takes of the tables' tensors, in their order."""
+    planned = plan.by_name
+    return Taken(tuple(_part(plan, i.name, i.nbytes) if i.name in planned else None for table in tables for i in table.items))
+
+
+def _part(plan: LoadPlan, name: str, nbytes: int) -> tuple[Slice, ...] | None:
+    copies = plan.by_name[name].copies
+    if nbytes < SMALL_BYTES or len(copies) > MAX_SLICES:
+        return None
+    return tuple(Slice(c.source, c.run, c.sizes, c.source_strides) for c in copies)
+
+
+class SliceSums:
+    """Makes the sums that `slicing` asks for, in threads. seconds, nbytes: as in Check, when all is over."""
+
+    def __init__(
+        self, slicing: Slicing, taken: Taken, tables: Sequence[Table], replaying: Replaying | None, at_work: AtWork | None = None
+    ) -> None:
+        """replaying: None: the sums are made of the servers' memory. Raises ProtocolError when `slicing` is of other tables."""
+        count = sum(len(table.items) for table in tables)
+        if len(taken.parts) != count or len(slicing.items) != -(-count // 8):
+            raise ProtocolError(f"the server asks for slices of {8 * len(slicing.items)} tensors, not of {count}")
+        self._taken, self._tables, self._replaying, self._at_work = taken, tables, replaying, at_work
+        self._asked: list[list[int]] = []  # by bucket, numbers of its tensors
+        self._firsts: list[int] = []
+        first = 0
+        for table in tables:
+            numbers = range(len(table.items))
+            self._firsts.append(first)
+            self._asked.append([n for n in numbers if slicing.items[(first + n) // 8] >> (first + n) % 8 & 1])
+            first += len(table.items)
+        self._totals = {first + n: 0 for first, asked in zip(self._firsts, self._asked, strict=True) for n in asked}
+        self._pool = ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0))), thread_name_prefix="slices")
+        self._begun: collections.deque[Future[list[tuple[int, int]]]] = collections.deque()
+        self._busy, self.nbytes = Busy(), 0
+
+    @property
+    def seconds(self) -> float:
+        return self._busy.seconds
+
+    def unasked(self, bucket: int, items: Sequence[int] | None) -> list[int] | None:
+        """Those of a bucket's tensors that are to be checked whole, of `items`; None: all."""
+        if self._replaying is None:
+            return None if items is None else list(items)
+        asked = set(self._asked[bucket])
+        return [n for n in (range(len(self._tables[bucket].items)) if items is None else items) if n not in asked]
+
+    def arrived(self, bucket: int, memories: Sequence[torch.Tensor], seconds: float) -> None:
+        """The bucket lies in the servers' memory. Returns when what is needed of it was read. Raises as `finish`."""
+        if self._replaying is None:
+            self._begin(bucket, self._there(bucket, memories))
+            self._collect(seconds)
+
+    def landed(self, bucket: int) -> None:
+        """A replay of the bucket is over. Never waits."""
+        if self._replaying is not None:
+            self._begin(bucket, self._here(bucket, self._replaying))
+
+    def _there(self, bucket: int, memories: Sequence[torch.Tensor]) -> Iterator[tuple[int, Piece]]:
+        table = self._tables[bucket]
+        for n in self._asked[bucket]:
+            item = table.items[n]
+            start = table.offset + item.offset
+            for part in self._taken.parts[self._firsts[bucket] + n] or ():
+                if not part.inside(item.nbytes):
+                    raise ProtocolError(f"the server asks for a slice outside of {item.name!r}")
+                yield self._firsts[bucket] + n, Piece(memories[item.memory], start + part.first, part.strides, part)
+
+    def _here(self, bucket: int, replaying: Replaying) -> Iterator[tuple[int, Piece]]:
+        for n in self._asked[bucket]:
+            item = self._firsts[bucket] + n
+            copies = replaying.plan.by_name[self._tables[bucket].items[n].name].copies
+            for part, copy in zip(self._taken.parts[item] or (), copies, strict=True):
+                yield item, Piece(replaying.storages[copy.storage], copy.target, copy.target_strides, part)
+
+    def _begin(self, bucket: int, pieces: Iterator[tuple[int, Piece]]) -> None:
+        for unit in _units(pieces):
+            self.nbytes += sum(piece.part.nbytes for _, piece in unit)
+            self._begun.append(self._pool.submit(self._sum, bucket, unit))
+
+    def _sum(self, bucket: int, unit: list[tuple[int, Piece]]) -> list[tuple[int, int]]:
+        start = time.perf_counter()
+        with self._busy:
+            found = [(item, slice_sum(*piece)) for item, piece in unit]
+        if self._at_work is not None:
+            self._at_work(bucket, start, time.perf_counter(), sum(piece.part.nbytes for _, piece in unit))
+        return found
+
+    def finish(self, seconds: float) -> bytes:
+        """All of them, packed. Raises DeadlineError when they are not made in `seconds`."""
+        self._collect(seconds)
+        return pack([total & (1 << 64) - 1 for _, total in sorted(self._totals.items())])
+
+    def _collect(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._begun:
+            try:
+                for item, found in self._begun.popleft().result(max(0.0, deadline - time.monotonic())):
+                    self._totals[item] += found
+            except NotYet:
+                raise DeadlineError("the sums of slices to be made", seconds) from None
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _units(pieces: Iterator[tuple[int, Piece]]) -> Iterator[list[tuple[int, Piece]]]:
+    """What a thread takes at a time."""
+    unit: list[tuple[int, Piece]] = []
+    size = 0
+    for item, whole in pieces:
+        for piece in _cut(whole):
+            unit.append((item, piece))
+            size += piece.part.nbytes
+            if size >= BLOCK_BYTES:
+                yield unit
+                unit, size = [], 0
+    if unit:
+        yield unit
+
+
+def _cut(piece: Piece) -> Iterator[Piece]:
+    """Into pieces of BLOCK_BYTES or so."""
+    part = piece.part
+    if part.nbytes < 2 * BLOCK_BYTES:
+        yield piece
+        return
+    if not part.sizes:
+        at = 0
+        while at < part.run:
+            step = min(part.run - at, BLOCK_BYTES - (part.first + at) % CHUNK_BYTES)  # the next one begins a chunk
+            yield Piece(piece.raw, piece.offset + at, (), Slice(part.first + at, step))
+            at += step
+        return
+    d = max(range(len(part.sizes)), key=lambda d: part.sizes[d])
+    half = part.sizes[d] // 2
+    for first, count in ((0, half), (half, part.sizes[d] - half)):
+        sizes = (*part.sizes[:d], count, *part.sizes[d + 1 :])
+        cut = Slice(part.first + first * part.strides[d], part.run, sizes, part.strides)
+        yield from _cut(piece._replace(offset=piece.offset + first * piece.strides[d], part=cut))
+
+
+class SlicedCheck(Check):
+    """Another check, but that of some tensors only slices are read, where they landed."""
+
+    def __init__(self, whole: Check, sums: SliceSums, memories: Sequence[torch.Tensor], seconds: float) -> None:
+        self._whole, self._sums, self._memories, self._patience = whole, sums, memories, seconds
+        self.ahead = whole.ahead
+
+    def begin(self, bucket: int, items: Sequence[int] | None) -> None:
+        self._whole.begin(bucket, self._sums.unasked(bucket, items))
+
+    def before_load(self, bucket: int) -> None:
+        self._whole.before_load(bucket)
+        self._sums.arrived(bucket, self._memories, self._patience)
+
+    def loaded(self, bucket: int) -> None:
+        self._sums.landed(bucket)
+
+    def finish(self) -> None:
+        self._whole.finish()
+        self.sums = self._sums.finish(self._patience)
+        self.seconds, self.nbytes = self._whole.seconds + self._sums.seconds, self._whole.nbytes + self._sums.nbytes
+
+    def close(self) -> None:
+        self._sums.close()
+        self._whole.close()
+
+
+def with_slices(
+    whole: Check,
+    slicing: Slicing,
+    offered: Mapping[str, Taken],
+    tables: Sequence[Table],
+    memories: Sequence[torch.Tensor],
+    replaying: Replaying | None,
+    seconds: float,
+    at_work: AtWork | None = None,
+) -> Check:
+    """The check with what `slicing` asks for. offered: what this worker said that it takes, by name. replaying: what this stream
+    replays. Raises ProtocolError when that was not offered, or is of other tables; then `whole` is closed."""
+    if not slicing.items:
+        return whole
+    try:
+        name = slicing.names[0] if slicing.names else ""
+        if name not in offered:
+            raise ProtocolError(f"the server asks for slices {name!r} that this worker does not take")
+        taken = offered[name]
+        if replaying is not None and replaying.taken_name != name:
+            replaying = None
+        return SlicedCheck(whole, SliceSums(slicing, taken, tables, replaying, at_work), memories, seconds)
+    except BaseException:
+        whole.close()
+        raise
