@@ -175,7 +175,7 @@ def test_a_worker_that_is_never_content() -> None:
     for number in range(1, MAX_REPEATS):
         leader.hear(0, m.PassDone(1, number, {}, again=True))
         leader.orders(0.0)
-    with pytest.raises(ProtocolError, match="rank 0 asks for pass 3 once more"):
+    with pytest.raises(ProtocolError, match=f"rank 0 asks for pass {MAX_REPEATS} once more"):
         leader.hear(0, m.PassDone(1, MAX_REPEATS, {}, again=True))
 
 

@@ -7,7 +7,7 @@ from checkpoint_engine.transport.messages import Again, Loaded, Ready, Spent, St
 
 
 class Heard:
-    """again: it needs the stream once more. way, reads: as in Ready; way "": it is not ready. notes: of its load plan.
+    """again: it needs the stream once more. way, reads, needs: as in Ready; way "": it is not ready. notes: of its load plan.
     spans: as in Spent."""
 
     def __init__(self) -> None:
@@ -17,6 +17,7 @@ class Heard:
         self.again = False
         self.way = ""
         self.reads = -1
+        self.needs = b""
         self.notes: tuple[str, ...] = ()
         self.spans: tuple[Span, ...] = ()
 
@@ -29,7 +30,8 @@ class Heard:
         if isinstance(message, Again):
             self.again = True
         else:
-            self._hook, self.way, self.reads = message.seconds, message.way, message.pull
+            self._hook, self.way = message.seconds, message.way
+            self.reads, self.needs = message.pull, message.needs
 
     def _tell(self, spent: Spent) -> None:
         self._spent, self.notes, self.spans = spent.seconds, spent.notes, spent.spans

@@ -14,15 +14,18 @@ from collections.abc import Callable
 
 import torch
 
-from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, UpdateError, bare, said
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, UpdateError, said
 from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.planning.sharing import Shares
 from checkpoint_engine.server.crew import Crew
 from checkpoint_engine.server.events import PassEnded, RequestDone, SessionFailed, WorkerCame
 from checkpoint_engine.server.heard import Heard
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.leader import Leader
 from checkpoint_engine.server.level import await_verdict, level, telling
-from checkpoint_engine.server.pipeline import Pass, PassError
+from checkpoint_engine.server.pass_errors import PassError
+from checkpoint_engine.server.pass_thread import start_pass
+from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.server.report import Outcome
 from checkpoint_engine.server.request import Request, RequestFunction
 from checkpoint_engine.server.served import Served
@@ -49,7 +52,8 @@ class _Fail(Exception):
 
 class UpdateRun:
     """inbox: of this update. hosts: of all ranks, for messages. served: what this rank's workers served before. make_pass: the
-    kind of pass. device: uuid a worker on this rank must have, None: not checked. recorder: of this rank's timeline."""
+    kind of pass. device: uuid a worker on this rank must have, None: not checked. recorder: of this rank's timeline. shares: who
+    takes part in which bucket of the first stream; None: all in all, as in every further one."""
 
     def __init__(
         self,
@@ -66,8 +70,9 @@ class UpdateRun:
         device: str | None = None,
         progress: Callable[[int], None] | None = None,
         recorder: Recorder | None = None,
+        shares: Shares | None = None,
     ) -> None:
-        self._recorder = recorder or Recorder(enabled=False)
+        self._recorder, self._shares = recorder or Recorder(enabled=False), shares
         self._inbox, self._number = inbox, inbox.update
         self._version, self._plan, self._lane, self._regions = version, plan, lane, regions
         self._links, self._settings, self._device, self._progress = links, settings, device, progress
@@ -107,7 +112,7 @@ class UpdateRun:
             # Ranks that fail at the same time tell each other before they stop: now all know of all, and name the same one.
             raise self._error(min((failure, *self._inbox.failures), key=telling))
         timelines = self._leader.timelines(self._hosts) if self._leader is not None else ()
-        return Outcome(self._pass_number, end.stats, end.ways, end.notes, self._crew.reads, timelines)
+        return Outcome(self._pass_number, end.stats, end.ways, end.notes, self._crew.reads, self._crew.needs, timelines)
 
     def _error(self, failure: m.Failure) -> UpdateError:
         committed, f = self._committed and not self._dirty, failure
@@ -223,19 +228,9 @@ class UpdateRun:
             self._deadline,
             self._progress if begin.pass_ == 1 else None,
             self._recorder,
+            shares=self._shares if begin.pass_ == 1 else None,
         )
-        self._pass_thread = threading.Thread(target=self._run_pass, args=(self._pass,), name="pass", daemon=True)
-        self._pass_thread.start()
-
-    def _run_pass(self, running: Pass) -> None:
-        stats, error = None, None
-        try:
-            stats = running.run()
-        except CheckpointEngineError as e:
-            error = bare(e)
-        except Exception as e:  # nobody else would hear of it
-            error = PassError("update", f"{type(e).__name__}: {e}")
-        self._put(PassEnded(stats, error))
+        self._pass_thread = start_pass(self._pass, self._put)
 
     def _pass_over(self, stats: dict[str, m.StageStats]) -> None:
         heard = self._pass.heard if self._pass is not None else Heard()
@@ -296,5 +291,5 @@ class UpdateRun:
         self._dirty = self._dirty or loaded or self._crew.dirty
         if self._pass_thread is not None and self._pass_thread.is_alive():
             self._lane.abandon()
-        level(self._inbox, self._links, self._lane, self._plan, self._dirty, text, self._settings.stop_timeout)
+        level(self._inbox, self._links, self._lane, self._plan, self._shares, self._dirty, text, self._settings.stop_timeout)
         return None

@@ -20,6 +20,7 @@ from checkpoint_engine.manifest import Manifest, RegionMeta
 from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.memory.registry import Registry
 from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.planning.sharing import Shares
 from checkpoint_engine.server.events import SessionFailed, WorkerCame
 from checkpoint_engine.server.expected import Expected
 from checkpoint_engine.server.fleet import Fleet
@@ -34,6 +35,7 @@ from checkpoint_engine.server.pull import AheadPass, Method, Puller
 from checkpoint_engine.server.report import UpdateReport, make_report, method_name
 from checkpoint_engine.server.request import RequestFunction
 from checkpoint_engine.server.served import Commit, Served
+from checkpoint_engine.server.sparse import Sparse
 from checkpoint_engine.server.update import CAUSE_SECONDS, UpdateRun
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.timeline import Recorder, span_limit
@@ -72,7 +74,7 @@ class Updater:
     ) -> None:
         self._fleet, self._device, self._keeper = fleet, device, keeper
         self._gatherer, self._registry, self._served = gatherer, registry, served
-        self._puller = Puller(device)
+        self._puller, self._sparse = Puller(device), Sparse(device)
         self._make_pass: Callable[..., Pass] = Pass
 
     def update(
@@ -99,7 +101,7 @@ class Updater:
             plan, manifest = prepared.plan, prepared.manifest
             method, opened = self._puller.open(stack, links, offers, plan, manifest, settings.join_timeout)
             make_pass = self._pass(offers, prepared, method, opened)
-            lane = stack.enter_context(self._empty_lane()) if method.pull else self._join(stack, number, offers, plan, settings)
+            lane, shares = self._lane(stack, number, offers, plan, settings, method)
             recorder.lap("join")
             run = UpdateRun(
                 inbox,
@@ -115,14 +117,16 @@ class Updater:
                 self._device.uuid if self._device.kind != "cpu" else None,
                 progress,
                 recorder,
+                shares,
             )
             with self._served.updating(Commit(prepared.manifest, offers[0].version)):
                 outcome = run.run(req_func, [(o.device, o.handle) for o in offers])
         self._keeper.proven = lane.method == "copies"
         self._give_back(name, settings)
         self._puller.settle(offers, plan, outcome.reads, mapped=opened is not None)
+        self._sparse.settle(plan, outcome.needs)
         by = method_name(lane.method, outcome.ways, mapped=method.pull)
-        report = make_report(offers[0].version, by, plan.nbytes, time.perf_counter() - start, outcome)
+        report = make_report(offers[0].version, by, plan.nbytes, time.perf_counter() - start, outcome, self._keeper.saved(shares))
         log.info("rank %d: %s", self._fleet.rank, report)
         return report
 
@@ -141,12 +145,25 @@ class Updater:
             lambda error: inbox.put(rank, SessionFailed(error)),
         )
 
-    def _empty_lane(self) -> Lane:
-        """For an update in which nothing is lifted or shared."""
-        return Lane(self._device, self._fleet.rank, ring_bytes=PAGE, piece_bytes=PAGE)
+    def _lane(
+        self,
+        stack: contextlib.ExitStack,
+        number: int,
+        offers: list[Offer],
+        plan: Plan,
+        settings: Settings,
+        method: Method,
+    ) -> tuple[Lane, Shares | None]:
+        """As `_join`; an empty one for an update in which nothing is lifted or shared."""
+        if method.pull:
+            return stack.enter_context(Lane(self._device, self._fleet.rank, ring_bytes=PAGE, piece_bytes=PAGE)), None
+        return self._join(stack, number, offers, plan, settings)
 
-    def _join(self, stack: contextlib.ExitStack, number: int, offers: list[Offer], plan: Plan, settings: Settings) -> Lane:
-        """The lane with what it shares by; who cannot join says so, for the others wait for it there or in the update."""
+    def _join(
+        self, stack: contextlib.ExitStack, number: int, offers: list[Offer], plan: Plan, settings: Settings
+    ) -> tuple[Lane, Shares | None]:
+        """The lane with what it shares by, and who takes part in which bucket. A rank that cannot join says so, for the others
+        wait for it there or in the update."""
         links, generation = self._fleet.links, max(offer.generation for offer in offers)
         try:
             prepare = partial(self._keeper.prepare, plan)
@@ -155,9 +172,11 @@ class Updater:
                 proven, self._keeper.proven = self._keeper.proven, False  # until this update has gone well
                 lane = meet_neighbours(stack, links, prepare, hosts, proven, settings.timeout, settings.join_timeout)
                 if lane is not None:
-                    return lane
+                    return lane, self._sparse.shares(offers, plan, copies=True)
             prepare()
-            return self._keeper.join(generation, settings.timeout)
+            lane, shares = self._keeper.join(generation, settings.timeout), self._sparse.shares(offers, plan, copies=False)
+            self._keeper.group([shares.members(group) for group in shares.groups] if shares is not None else [])
+            return lane, shares
         except BaseException as e:
             self._keeper.skip(generation)
             failure = self._join_failure(e, number, [offer.host for offer in offers])
@@ -224,4 +243,5 @@ class Updater:
         offer = msgspec.structs.replace(
             offer, plan=prepared.plan.digest, version=version or prepared.manifest.version, regions=prepared.shared
         )
-        return self._puller.offer(msgspec.structs.replace(offer, verify=settings.verify), settings)
+        offer = self._sparse.offer(msgspec.structs.replace(offer, verify=settings.verify), settings)
+        return self._puller.offer(offer, settings)

@@ -8,7 +8,7 @@ from checkpoint_engine.devices.base import SharedHandle
 from checkpoint_engine.planning.plan import Item
 from checkpoint_engine.timeline import Span
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised by one whenever a message changes its meaning; both ends come from the installed package."""
 
 
@@ -58,12 +58,14 @@ class Again(Message, frozen=True):
 class Ready(Message, frozen=True):
     """Everything is loaded, the ring unmapped and the post-hook done; `seconds` inside it. way: how the last stream was loaded,
     "loader", "proved" or "replayed". pull: bytes that a replay of this checkpoint reads on this rank; -1: there is no
-    plan for it, or this worker cannot read the servers' memory."""
+    plan for it, or this worker cannot read the servers' memory. needs: the buckets that a replay takes anything of, one bit each
+    (planning.sharing); empty: it needs all."""
 
     seconds: float
     spent: Spent = Spent()
     way: str = "loader"
     pull: int = -1
+    needs: bytes = b""
 
 
 class Committed(Message, frozen=True):
@@ -95,7 +97,8 @@ class Table(Message, frozen=True):
 class Attach(Message, frozen=True):
     """Map these memories (descriptors travel beside the message): the ring, or all ranks' regions. `tables` is None when
     Hello named the plan. ahead: all ranks' regions, which a later update is going to be pulled from; their descriptors follow.
-    digests: of the tables' tensors, in order (planning.digests), which they must have; empty: nothing is checked."""
+    digests: of the tables' tensors, in order (planning.digests), which they must have; empty: nothing is checked. coming: the
+    buckets of this stream, one bit each (planning.sharing); empty: all."""
 
     rank: int
     memories: tuple[SharedHandle, ...]
@@ -103,6 +106,7 @@ class Attach(Message, frozen=True):
     tables: tuple[Table, ...] | None
     ahead: tuple[SharedHandle, ...] = ()
     digests: bytes = b""
+    coming: bytes = b""
 
 
 class Load(Message, frozen=True):
@@ -240,7 +244,8 @@ class Failure(Message, frozen=True):
 
 
 class Stopped(Message, frozen=True):
-    """After a failure: this rank queued `posted` broadcasts in this update and queues no more on its own."""
+    """After a failure: of this update's broadcasts, in the order of the stream, this rank queued its own among the first
+    `posted`, the last of them too, and queues no more by itself."""
 
     update: int
     posted: int

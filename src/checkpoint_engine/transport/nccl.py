@@ -26,6 +26,10 @@ def channels(world_size: int) -> int:
     return 8 if world_size <= 4 else 16
 
 
+CHANNEL_BYTES = 18 << 20
+"""Of device memory, measured on H200: see `channels`."""
+
+
 class NcclCollective(StreamCollective):
     """Broadcasts are queued on the caller's stream and never block the host after the first."""
 
@@ -41,9 +45,9 @@ class NcclCollective(StreamCollective):
             token = bytes.fromhex(store.get("id").decode())
         except RuntimeError as e:  # torch's store errors
             raise DeadlineError(f"rank 0 to begin an NCCL communicator ({str(e).splitlines()[0]})", join_seconds) from e
-        self._communicator = NcclCommunicator(
-            token, rank, world_size, device.index, timeout=join_seconds, max_ctas=settings.nccl_channels or channels(world_size)
-        )
+        count = settings.nccl_channels or channels(world_size)
+        self.memory = count * CHANNEL_BYTES
+        self._communicator = NcclCommunicator(token, rank, world_size, device.index, timeout=join_seconds, max_ctas=count)
 
     def _queue(self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream) -> None:
         if not isinstance(stream, CudaStream):
@@ -53,9 +57,13 @@ class NcclCollective(StreamCollective):
 
     def check(self) -> None:
         self._communicator.check()
+        for group in self.groups.values():
+            group.check()
 
     def abandon(self, missing: Collection[int]) -> bool:
-        return self._communicator.abort()
+        over = [group.abandon(missing) for group in self.groups.values()]  # each aborts, whatever came of the others
+        return self._communicator.abort() and all(over)
 
     def close(self) -> None:
+        self.drop_groups()
         self._communicator.close()

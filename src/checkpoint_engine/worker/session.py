@@ -17,11 +17,9 @@ from checkpoint_engine.devices.base import Device, Event, get_device
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineError,
-    IntegrityError,
     PeerLostError,
     ProtocolError,
     WorkerUpdateError,
-    said,
 )
 from checkpoint_engine.loads.recordable import Recordable
 from checkpoint_engine.settings import Settings
@@ -43,8 +41,10 @@ from checkpoint_engine.transport.messages import (
     Table,
 )
 from checkpoint_engine.transport.session import ServerChannel, connect
+from checkpoint_engine.worker.announced import Coming, coming_of
 from checkpoint_engine.worker.attached import known_plans, mappings, tables_of, views_of
 from checkpoint_engine.worker.check import Check, make_check
+from checkpoint_engine.worker.failure import Failure, failing
 from checkpoint_engine.worker.recorded import Loads, LoadWeights
 from checkpoint_engine.worker.state import WeightsState, weights_state
 from checkpoint_engine.worker.views import Views
@@ -98,22 +98,6 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-class _Failure(Exception):
-    def __init__(self, stage: str, bucket: int, error: BaseException) -> None:
-        self.stage, self.bucket = stage, bucket
-        self.reason = said(error)
-        self.wrong = error.tensors if isinstance(error, IntegrityError) and stage == "verify" else ()
-
-
-@contextlib.contextmanager
-def _failing(stage: str, bucket: int = -1) -> Iterator[None]:
-    """What the block raises is this stage's failure."""
-    try:
-        yield
-    except Exception as e:
-        raise _Failure(stage, bucket, e) from e
-
-
 class _Session:
     channel: ServerChannel
 
@@ -150,7 +134,7 @@ class _Session:
                 self._send(Again(self._spent()))
             self._finish()
             return self._commit()
-        except _Failure as e:
+        except Failure as e:
             self.loads.failed()
             # The server may have gone first; then it knows already.
             with contextlib.suppress(CheckpointEngineError):
@@ -170,22 +154,24 @@ class _Session:
                 descriptors = self.channel.take_descriptors()
                 memories = [mapped.enter_context(m).tensor for m in mappings(attach, descriptors, self.device)]
                 views = views_of(memories, self.device, self._index)
-                self.loads.begin(attach.plan, tables)
+                coming = coming_of(attach, len(tables))
+                self.loads.begin(attach.plan, tables, coming.absent)
                 check = mapped.enter_context(
                     make_check(attach, tables, memories, self.device, self.settings.timeout, self._work.checks)
                 )
             except Exception as e:
-                raise _Failure("attach", -1, e) from e
+                raise Failure("attach", -1, e) from e
             self._work.did("attach", start)
-            for bucket in self._buckets(len(tables), check):
+            for bucket in self._buckets(coming, check):
                 self._load(bucket, tables[bucket], views, check)
             while self._queued:
                 self._report(self.settings.timeout)
             self._end_check(check)
         return self._end_stream()
 
-    def _buckets(self, count: int, check: Check) -> Iterator[int]:
-        """Numbers of the stream's buckets, as they are to be loaded; the check of each begins when it is there."""
+    def _buckets(self, coming: Coming, check: Check) -> Iterator[int]:
+        """Numbers of the stream's buckets, as they are to be loaded; the check of each begins when it is there. Raises
+        ProtocolError unless exactly those come that were announced, in their order."""
         ahead: collections.deque[int] = collections.deque()
         message: Message | None = None
         while ahead or not isinstance(message, Release):
@@ -193,14 +179,15 @@ class _Session:
             if full or (message := self._next_bucket(wait=not ahead)) is None:
                 yield ahead.popleft()
             elif isinstance(message, Load):
-                if not 0 <= message.bucket < count:
-                    raise ProtocolError(f"the server sent bucket {message.bucket} of {count}")
-                with _failing("verify", message.bucket):
+                coming.came(message.bucket)
+                with failing("verify", message.bucket):
                     check.begin(message.bucket, self.loads.used(message.bucket))
                 ahead.append(message.bucket)
+            else:
+                coming.released()
 
     def _end_check(self, check: Check) -> None:
-        with _failing("verify"):
+        with failing("verify"):
             check.finish()
         self._work.checked += check.nbytes
         self._work.checking += check.seconds
@@ -210,7 +197,7 @@ class _Session:
         try:
             return self.loads.end()
         except Exception as e:
-            raise _Failure("load", -1, e) from e
+            raise Failure("load", -1, e) from e
         finally:
             self._work.did("plan", start)
 
@@ -227,10 +214,10 @@ class _Session:
         return self._next("a bucket", Load, Release)
 
     def _load(self, bucket: int, table: Table, views: Views, check: Check) -> None:
-        with _failing("verify", bucket):
+        with failing("verify", bucket):
             check.before_load(bucket)
         start = time.perf_counter()
-        with _failing("load", bucket):
+        with failing("load", bucket):
             self.state.soil()
             self.soiled = True
             inside = self.loads.load(bucket, table, views)
@@ -244,11 +231,11 @@ class _Session:
         """
         while self._queued:
             loaded, copied, queued = self._queued[0]
-            with _failing("load", loaded.bucket):
+            with failing("load", loaded.bucket):
                 done = copied.wait(seconds)
             if not done:
                 if seconds:
-                    raise _Failure("load", loaded.bucket, DeadlineError("the device to copy it", seconds))
+                    raise Failure("load", loaded.bucket, DeadlineError("the device to copy it", seconds))
                 return
             self._queued.popleft()
             self._send(loaded)
@@ -257,13 +244,13 @@ class _Session:
 
     def _finish(self) -> None:
         start = time.perf_counter()
-        with _failing("post_hook"):
+        with failing("post_hook"):
             if self.post_hook is not None:
                 self.post_hook()
             self.device.synchronize()
         seconds = self._work.did("post_hook", start)
         reads = self.loads.reads if self.device.reads_regions else -1
-        self._send(Ready(seconds, self._spent(), self.loads.way.value, reads))
+        self._send(Ready(seconds, self._spent(), self.loads.way.value, reads, self.loads.needs))
 
     def _spent(self) -> Spent:
         """Since the last time that it was told."""
