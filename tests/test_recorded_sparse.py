@@ -1,17 +1,20 @@
-"""Ranks of an expert-parallel model: each is sent only the buckets that its load plan takes anything of, and the weights are always
-the loader's."""
+"""Ranks of an expert-parallel model: each is sent only the buckets that its load plan takes anything of.
+
+Whatever happens, the weights must be the loader's.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
 
 from checkpoint_engine.errors import UpdateError
-from helpers.fleet import Worker, server, share_of
+from checkpoint_engine.server.fleet import Fleet
+from helpers.fleet import Handles, Worker, server, share_of
 from helpers.netns import TwoHosts
 from helpers.ranks import run_ranks
 from helpers.recorded import Deed, checkpoint, engines, fresh
@@ -37,13 +40,15 @@ class Seen(NamedTuple):
     state: tuple[str | None, bool]
 
 
-def _updates(
-    rank: int, world_size: int, crew: Sequence[Worker], numbers: range, deeds: Deeds, changed: dict[str, Any] | None = None
-) -> list[Seen | str]:
-    """deeds: by number of the update and rank. What "dies" in "server" is the server. An update that fails is its error's text."""
+def _ask(worker: Worker, rank: int, deed: Deed) -> Callable[[Handles], None]:
+    return lambda handles: worker.ask("update", handles[rank][1], deed)
+
+
+def _updates(rank: int, world_size: int, crew: Sequence[Worker], numbers: range, deeds: Deeds) -> list[Seen | str]:
+    """deeds: by number of the update and rank; in "server" the server dies. An update that fails is its error's text."""
     seen: list[Seen | str] = []
     experts_of = rank
-    with server(method="broadcast", bucket_bytes=4 * KIB, ring_bytes=32 * KIB, **(changed or {})) as ps:
+    with server(method="broadcast", bucket_bytes=4 * KIB, ring_bytes=32 * KIB) as ps:
         for number in numbers:
             weights, deed = checkpoint(number, KIND), deeds.get((number, rank), Deed())
             experts_of = (rank + 1) % world_size if deed.what == "exchange" else experts_of
@@ -57,9 +62,8 @@ def _updates(
 
             ps.register_checkpoint("c", named_tensors=share_of(weights, rank, world_size))
             ps.gather_metas("c")
-            ask = lambda handles, deed=deed: crew[rank].ask("update", handles[rank][1], deed)  # noqa: E731
             try:
-                report = ps.update("c", ask, version=f"v{number}", progress=progress)
+                report = ps.update("c", _ask(crew[rank], rank, deed), version=f"v{number}", progress=progress)
             except UpdateError as e:
                 seen.append(str(e))
                 ps.unregister_checkpoint("c")
@@ -109,7 +113,6 @@ def test_what_no_plan_needs_is_not_sent(sharing: str) -> None:
 
 def test_a_rank_that_wants_all_gets_all(sharing: str) -> None:
     """Its setting says so; the others get what they need."""
-
     for seen in _run(2, env_of=_whole_on_rank_1):
         assert seen[1].unsent > 0
         assert seen[1].shared[1] == TOTAL
@@ -120,16 +123,16 @@ def _whole_on_rank_1(rank: int) -> dict[str, str]:
     return {"CHECKPOINT_ENGINE_SPARSE": "off"} if rank == 1 else {}
 
 
-@pytest.mark.parametrize("what", ["move", "exchange"])
-def test_a_plan_that_went_stale(sharing: str, what: str) -> None:
-    """On one rank, whose experts may even be others now: what was not sent to it comes in a further stream, and nothing is committed
-    before. In the update after that it is sent what its new plan needs."""
-    for seen in _run(5, {(2, 1): Deed(what)}):
-        assert [each.passes for each in seen] == [2, 1, 3, 1, 1]
+def test_plans_that_went_stale(sharing: str) -> None:
+    """On one rank because its experts are others now, on another because it moved: what was not sent to them comes in a further
+    stream, and nothing is committed before. In the update after that they are sent what their new plans need."""
+    for seen in _run(4, {(2, 1): Deed("exchange"), (2, 2): Deed("move")}):
+        assert [each.passes for each in seen] == [2, 1, 3, 1]
         assert seen[2].unsent > 0
         assert seen[2].ways == {"replayed", "proved"}
-        assert seen[2].notes and all("rank 1: not all that it needs was sent" in note for note in seen[2].notes)
-        assert seen[4].ways == {"replayed"} and seen[3].unsent > 0 and seen[4].notes == ()
+        assert [note[:33] for note in seen[2].notes] == [f"rank {rank}: not all that it needs was" for rank in (1, 2)]
+        assert seen[3].ways == {"replayed"} and seen[3].unsent > 0 and seen[3].notes == ()
+        assert seen[3].shared[1] != seen[1].shared[1]
 
 
 def test_a_replay_that_breaks_off_gets_all(sharing: str) -> None:
@@ -170,7 +173,7 @@ def _spared(rank: int, world_size: int, crew: list[Worker], spare: list[Worker],
             ps.register_checkpoint("c", named_tensors=share_of(weights, rank, world_size))
             ps.gather_metas("c")
             try:
-                report = ps.update("c", lambda handles: worker.ask("update", handles[rank][1], deed), version=f"v{number}")
+                report = ps.update("c", _ask(worker, rank, deed), version=f"v{number}")
             except UpdateError as e:
                 seen.append((str(e), 0, 0, True, ("", False)))
             else:
@@ -213,6 +216,43 @@ def test_a_server_dies_in_the_middle(sharing: str) -> None:
     for seen in _check(second, range(3, 6)):
         assert [each.unsent > 0 for each in seen] == [False, True, True]
         assert seen[1].ways == {"replayed"}
+
+
+def _no_group(rank: int, world_size: int, crew: list[Worker]) -> list[Any]:
+    """Rank 1 cannot make its sub-groups in the second update."""
+    seen: list[Any] = []
+    with server(method="broadcast", bucket_bytes=4 * KIB, ring_bytes=32 * KIB) as ps:
+        for number in range(5):
+            if number == 1 and rank == 1:
+                make = Fleet.group
+                Fleet.group = _raising  # type: ignore[method-assign]
+            ps.register_checkpoint("c", named_tensors=share_of(checkpoint(number, KIND), rank, world_size))
+            ps.gather_metas("c")
+            try:
+                report = ps.update("c", _ask(crew[rank], rank, Deed()), version=f"v{number}")
+            except UpdateError as e:
+                seen.append((e.rank, e.stage, e.reason, e.dirty))
+                if rank == 1:
+                    Fleet.group = make  # type: ignore[method-assign]
+            else:
+                right = crew[rank].ask("state")[2] == fresh(checkpoint(number, KIND), rank, world_size, KIND)
+                seen.append((right, report.unsent > 0, report.groups > 0))
+            ps.unregister_checkpoint("c")
+    return seen
+
+
+def _raising(*_: Any) -> Any:
+    raise OSError("no more descriptors")
+
+
+def test_sub_groups_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks hear of it at once, whether they wait for it in a sub-group or in the update; nothing was loaded."""
+    monkeypatch.setenv("CHECKPOINT_ENGINE_PEER_COPIES", "0")
+    with engines([KIND] * WORLD) as crew:
+        for seen in run_ranks(_no_group, WORLD, crew):
+            assert seen[0] == seen[2] == (True, False, False)
+            assert seen[1] == (1, "join", "OSError: no more descriptors", False)
+            assert seen[3] == seen[4] == (True, True, True)
 
 
 @pytest.mark.netns

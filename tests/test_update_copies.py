@@ -146,7 +146,13 @@ class _Stuck(Collective):
         self.asked = 0
 
     def broadcast(
-        self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream, ready: Event | None, ranks: Ranks = None
+        self,
+        target: torch.Tensor,
+        source: torch.Tensor | None,
+        root: int,
+        stream: Stream,
+        ready: Event | None,
+        ranks: Ranks = None,
     ) -> Event:
         return stream.record()
 

@@ -33,8 +33,8 @@ APART, UNUSED = 12, 6
 class Deed:
     """What a worker does in one update, and when: before the nth bucket that is replayed, or loaded; or in the post-hook.
 
-    what   "die", "raise", "break" (a replay breaks off once); or before the update begins: "move" (parameters), "permute" (experts),
-           "exchange" (keep the next rank's experts); "twice": take two passes
+    what   "die", "raise", "break" (a replay breaks off once); or before the update begins: "move" (parameters), "permute"
+           (experts), "exchange" (keep the next rank's experts); "twice": take two passes
     """
 
     what: str = ""
