@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -80,26 +82,30 @@ def test_nobody_lacks_anything(case: tuple[Plan, list[bytes], list[str]], limit:
             assert shares.buckets[bucket] in shares.groups
     assert unsent == (0 if shares is None else shares.unsent)
     if shares is not None:
-        assert len(shares.groups) <= (limit or 0)
+        memberships = Counter(rank for group in shares.groups for rank in shares.members(group))
+        assert max(memberships.values(), default=0) <= (limit or 0)
         assert all(1 < len(shares.members(group)) < world for group in shares.groups)
 
 
 @given(cases())
-def test_all_come_to_the_same_and_more_groups_save_no_less_than_none(case: tuple[Plan, list[bytes], list[str]]) -> None:
+def test_all_come_to_the_same(case: tuple[Plan, list[bytes], list[str]]) -> None:
     plan, needs, hosts = case
     copied = msgspec.msgpack.decode(msgspec.msgpack.encode(plan), type=Plan)
     assert plan_shares(plan, needs, hosts, 8) == plan_shares(copied, list(needs), list(hosts), 8)
     saved = [0 if shares is None else shares.unsent for shares in (plan_shares(plan, needs, hosts, n) for n in (0, 1, 4, None))]
-    assert saved == sorted(saved)
+    assert all(each <= saved[-1] for each in saved)
 
 
 def test_the_groups_that_save_most_are_chosen() -> None:
-    """Of 16 pairs of ranks on two hosts with two groups: each host's ranks, to which most of the pairs belong."""
+    """Of 12 pairs of ranks on two hosts with one group for each rank: each host's ranks, to which all of the pairs belong. With
+    more, the pairs themselves."""
     pairs = [(a, b) for host in (0, 4) for a in range(host, host + 4) for b in range(a + 1, host + 4)]
     plan = _plan([[a] for a, _ in pairs])
     needs = [pack_bits(b == rank for _, b in pairs) for rank in range(8)]
-    shares = plan_shares(plan, needs, ["a"] * 4 + ["b"] * 4, 2)
-    assert shares is not None
+    hosts = ["a"] * 4 + ["b"] * 4
+    shares, more = plan_shares(plan, needs, hosts, 1), plan_shares(plan, needs, hosts, 4)
+    assert shares is not None and more is not None
+    assert len(more.groups) == len(pairs)
     assert shares.groups == (0b1111, 0b11110000)
     assert {shares.ranks(bucket) for bucket in range(len(pairs))} == {(0, 1, 2, 3), (4, 5, 6, 7)}
 

@@ -5,6 +5,8 @@ A set of ranks is an int here, bit r for rank r; what a rank needs are bytes, bi
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -13,10 +15,10 @@ import msgspec
 from checkpoint_engine.planning.plan import Plan
 
 MAX_GROUPS = 8
-"""Sub-groups of one update that have communicators of their own: each takes device memory on all of its ranks."""
-WORTH = 0.01
+"""Sub-groups that one rank may be in: each has a communicator of its own, which takes device memory on all of its ranks."""
+WORTH = 0.002
 """A sub-group must save this part of what is sent without any."""
-CANDIDATES = 64
+CANDIDATES = 128
 
 
 def pack_bits(bits: Iterable[bool]) -> bytes:
@@ -66,8 +68,8 @@ def plan_shares(plan: Plan, needs: Sequence[bytes], hosts: Sequence[str], limit:
 
     needs   of each rank, one bit for each bucket of `plan`; empty: it needs all
     hosts   of each rank: sub-groups of whole hosts are considered, too
-    limit   so many sub-groups at most, chosen by the bytes that they save; other buckets go to the smallest that has all
-            their ranks, or to all. None: any number, for who needs no communicator
+    limit   no rank may be in more sub-groups; they are chosen by the bytes that they save, and other buckets go to the smallest
+            that has all their ranks, or to all. None: any number, for who needs no communicator
 
     Raises ValueError when the needs of a rank are not of this plan; the message begins with its number.
     """
@@ -82,8 +84,7 @@ def plan_shares(plan: Plan, needs: Sequence[bytes], hosts: Sequence[str], limit:
         for mask, bucket in zip(exact, plan.buckets, strict=True):
             if mask.bit_count() > 1 and mask != everybody:
                 totals[mask] += bucket.nbytes
-        groups = _choose(totals, _host_masks(hosts), everybody, limit, WORTH * plan.nbytes * (len(needs) - 1))
-        wider = {mask: _smallest(mask, groups, everybody) for mask in totals}
+        wider = _choose(totals, _host_masks(hosts), everybody, limit, WORTH * plan.nbytes * (len(needs) - 1))
         chosen = [wider.get(mask, mask) for mask in exact]
     unsent = sum((everybody & ~mask).bit_count() * b.nbytes for mask, b in zip(chosen, plan.buckets, strict=True))
     if not unsent:
@@ -111,37 +112,37 @@ def _exact(plan: Plan, needs: Sequence[bytes]) -> list[int]:
     return masks
 
 
-def _host_masks(hosts: Sequence[str]) -> dict[str, int]:
+def _host_masks(hosts: Sequence[str]) -> list[int]:
     masks: Counter[str] = Counter()
     for rank, host in enumerate(hosts):
         masks[host] += 1 << rank
-    return masks
+    return [masks[host] for host in hosts]
 
 
-def _choose(totals: Counter[int], hosts: dict[str, int], everybody: int, limit: int, worth: float) -> list[int]:
-    """The sub-groups, greedily: each time the one that saves most beside those that are there."""
+def _choose(totals: Counter[int], hosts: Sequence[int], everybody: int, limit: int, worth: float) -> dict[int, int]:
+    """For each set of `totals` (with the bytes of its buckets) the one that its buckets go to. Sub-groups are taken greedily,
+    each time the one that saves most beside those that there are. hosts: of each rank all ranks there."""
     saves: Counter[int] = Counter()
     for mask, nbytes in totals.items():
-        for candidate in {mask, sum(host for host in hosts.values() if host & mask)}:
+        for candidate in {mask, functools.reduce(operator.or_, (hosts[rank] for rank in _members(mask)))}:
             saves[candidate] += nbytes * (everybody & ~candidate).bit_count()
     candidates = sorted((c for c in saves if c != everybody), key=lambda c: (-saves[c], c))[:CANDIDATES]
-    size = {mask: everybody.bit_count() for mask in totals}  # of the group that it goes to
-    groups: list[int] = []
-    while candidates and len(groups) < limit:
-        gains = {c: _gain(c, totals, size) for c in candidates}
+    of_rank = {rank: [c for c in candidates if c >> rank & 1] for rank in range(len(hosts))}
+    inside: dict[int, list[int]] = {c: [] for c in candidates}
+    for mask in totals:
+        for candidate in of_rank[next(_members(mask))]:
+            if not mask & ~candidate:
+                inside[candidate].append(mask)
+    chosen = dict.fromkeys(totals, everybody)
+    memberships: Counter[int] = Counter()
+    while candidates := [c for c in candidates if all(memberships[rank] < limit for rank in _members(c))]:
+        gains = {
+            c: sum(totals[mask] * max(0, chosen[mask].bit_count() - c.bit_count()) for mask in inside[c]) for c in candidates
+        }
         best = min(candidates, key=lambda c: (-gains[c], c))
         if gains[best] <= worth:
             break
-        groups.append(best)
-        size = {mask: min(was, best.bit_count()) if mask & ~best == 0 else was for mask, was in size.items()}
-    return groups
-
-
-def _gain(candidate: int, totals: Counter[int], size: dict[int, int]) -> int:
-    count = candidate.bit_count()
-    return sum(n * max(0, size[mask] - count) for mask, n in totals.items() if mask & ~candidate == 0)
-
-
-def _smallest(mask: int, groups: Sequence[int], everybody: int) -> int:
-    fitting = [group for group in groups if mask & ~group == 0]
-    return min(fitting, key=lambda group: (group.bit_count(), group), default=everybody)
+        candidates.remove(best)
+        memberships.update(_members(best))
+        chosen.update({mask: best for mask in inside[best] if best.bit_count() < chosen[mask].bit_count()})
+    return chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,8 +62,13 @@ class NcclCollective(StreamCollective):
             group.check()
 
     def abandon(self, missing: Collection[int]) -> bool:
-        over = [group.abandon(missing) for group in self.groups.values()]  # each aborts, whatever came of the others
-        return self._communicator.abort() and all(over)
+        """All communicators at the same time: what frees one waits for the device, and so for one that hangs."""
+        all_of_them = [
+            self._communicator,
+            *(group._communicator for group in self.groups.values() if isinstance(group, NcclCollective)),
+        ]
+        with ThreadPoolExecutor(len(all_of_them)) as pool:
+            return all(list(pool.map(NcclCommunicator.abort, all_of_them)))
 
     def close(self) -> None:
         self.drop_groups()
