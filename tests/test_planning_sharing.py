@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint_engine.devices.base import Event, Stream
+from checkpoint_engine.devices.base import Device, Event, Stream
 from checkpoint_engine.devices.cpu import CpuDevice
 from checkpoint_engine.errors import AgreementError, ProtocolError
 from checkpoint_engine.planning.plan import Bucket, Item, Piece, Plan
-from checkpoint_engine.planning.sharing import Shares, pack_bits, plan_shares, unpack_bits
+from checkpoint_engine.planning.sharing import MAX_GROUPS, Shares, pack_bits, plan_shares, unpack_bits
 from checkpoint_engine.server.coming import Coming, check_needs
+from checkpoint_engine.server.fleet import Fleet
+from checkpoint_engine.server.keeper import Keeper
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.offer import Offer
 from checkpoint_engine.server.sparse import Sparse
 from checkpoint_engine.settings import Settings
-from checkpoint_engine.transport.collective import Collective, Ranks
+from checkpoint_engine.transport.collective import Collective, Ranks, StreamCollective
 from checkpoint_engine.transport.messages import Attach
 from checkpoint_engine.worker.announced import Coming as Announced
 from checkpoint_engine.worker.announced import coming_of
@@ -228,3 +231,45 @@ def test_ranks_that_stopped_at_different_places_come_level(
         queued = [[place for ranks, place in noted[rank].noted if ranks == group] for rank in members]
         assert all(each == queued[0] for each in queued)
         assert all(group not in [ranks for ranks, _ in noted[rank].noted] for rank in set(range(len(needs))).difference(members))
+
+
+class _Group(StreamCollective):
+    def __init__(self, number: int) -> None:
+        super().__init__(1.0)
+        self.number, self.closed = number, False
+
+    def _queue(self, target: object, source: object, root: int, stream: Stream) -> None:
+        raise NotImplementedError
+
+    def abandon(self, missing: object) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class _Fleet(Fleet):
+    """Makes communicators without other ranks."""
+
+    def group(self, device: Device, generation: int, number: int, members: Sequence[int]) -> _Group:
+        return _Group(number)
+
+
+def test_sub_groups_are_kept_while_no_rank_is_in_too_many() -> None:
+    """Numbers are never used twice, and are counted by ranks that are in none of them, too."""
+    keepers = [Keeper(_Fleet(rank, 20, Settings(), None, None), CpuDevice()) for rank in (0, 19)]
+    pairs = [(0, rank) for rank in range(1, MAX_GROUPS + 2)]
+    for keeper in keepers:
+        keeper.collective = _Group(0)
+        keeper.group(pairs[:5])
+        keeper.group(pairs[4:MAX_GROUPS])
+    mine, others = (keeper.collective.groups for keeper in keepers if keeper.collective is not None)
+    assert list(mine) == pairs[:MAX_GROUPS] and not others
+    before = dict(mine)
+    for keeper in keepers:
+        keeper.group([pairs[0], pairs[-1]])
+        keeper.group([(0, 19)])
+    assert list(mine) == [pairs[0], pairs[-1], (0, 19)] and list(others) == [(0, 19)]
+    assert mine[pairs[0]] is before[pairs[0]]
+    assert all(group.closed for members, group in before.items() if members != pairs[0])
+    assert mine[0, 19].number == others[0, 19].number == MAX_GROUPS + 2

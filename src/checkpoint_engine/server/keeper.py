@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from checkpoint_engine.devices.base import Closing, Device
 from checkpoint_engine.errors import AgreementError
 from checkpoint_engine.planning.plan import Plan
-from checkpoint_engine.planning.sharing import Shares
+from checkpoint_engine.planning.sharing import MAX_GROUPS, Shares
 from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.lane import Lane, release_quarantined
 from checkpoint_engine.server.report import Saved
@@ -68,11 +69,11 @@ class Keeper(Closing):
 
     def group(self, groups: Sequence[tuple[int, ...]]) -> None:
         """Have those of these sub-groups that this rank is in, of the communicator that `join` gave; all ranks must ask for the
-        same ones. They are kept until others are wanted. Raises as `join`."""
+        same ones. Others are kept while no rank is in too many. Raises as `join`."""
         whole = self.collective
         if whole is None:
             return
-        if not self._groups.issuperset(groups):
+        if max(Counter(rank for each in self._groups.union(groups) for rank in each).values(), default=0) > MAX_GROUPS:
             kept = self._groups.intersection(groups)
             for members in [each for each in whole.groups if each not in kept]:
                 whole.groups.pop(members).close()
@@ -88,10 +89,9 @@ class Keeper(Closing):
 
     def saved(self, shares: Shares | None) -> Saved:
         """What an update that was shared like this tells of it."""
-        if shares is None:
-            return Saved()
-        groups = self.collective.groups if self.collective is not None and shares.groups else {}
-        return Saved(shares.unsent, len(shares.groups), sum(group.memory for group in groups.values()))
+        groups = self.collective.groups if self.collective is not None else {}
+        memory = sum(group.memory for group in groups.values())
+        return Saved(group_bytes=memory) if shares is None else Saved(shares.unsent, len(shares.groups), memory)
 
     def skip(self, generation: int) -> None:
         """Never make communicator number `generation` again: the store holds what was written for it, and some rank may have
