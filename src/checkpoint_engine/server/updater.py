@@ -32,7 +32,7 @@ from checkpoint_engine.server.neighbours import meet_neighbours
 from checkpoint_engine.server.offer import Offer, exchange_offers, verified
 from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.server.pull import AheadPass, Method, Puller
-from checkpoint_engine.server.report import UpdateReport, make_report, method_name
+from checkpoint_engine.server.report import Outcome, UpdateReport, make_report, method_name
 from checkpoint_engine.server.request import RequestFunction
 from checkpoint_engine.server.served import Commit, Served
 from checkpoint_engine.server.sparse import Sparse
@@ -98,8 +98,8 @@ class Updater:
             if isinstance(prepared, Exception):
                 raise prepared
             recorder = Recorder(time.perf_counter(), span_limit(len(offers)), enabled=settings.timelines)
-            plan, manifest = prepared.plan, prepared.manifest
-            method, opened = self._puller.open(stack, links, offers, plan, manifest, settings.join_timeout)
+            plan = prepared.plan
+            method, opened = self._puller.open(stack, links, offers, plan, prepared.manifest, settings.join_timeout)
             make_pass = self._pass(offers, prepared, method, opened)
             lane, shares = self._lane(stack, number, offers, plan, settings, method)
             recorder.lap("join")
@@ -121,14 +121,18 @@ class Updater:
             )
             with self._served.updating(Commit(prepared.manifest, offers[0].version)):
                 outcome = run.run(req_func, [(o.device, o.handle) for o in offers])
-        self._keeper.proven = lane.method == "copies"
         self._give_back(name, settings)
-        self._puller.settle(offers, plan, outcome.reads, mapped=opened is not None)
-        self._sparse.settle(plan, outcome.needs)
+        self._settle(offers, plan, lane, outcome, mapped=opened is not None)
         by = method_name(lane.method, outcome.ways, mapped=method.pull)
         report = make_report(offers[0].version, by, plan.nbytes, time.perf_counter() - start, outcome, self._keeper.saved(shares))
         log.info("rank %d: %s", self._fleet.rank, report)
         return report
+
+    def _settle(self, offers: list[Offer], plan: Plan, lane: Lane, outcome: Outcome, *, mapped: bool) -> None:
+        """What the next update has to know of one that went well."""
+        self._keeper.proven = lane.method == "copies"
+        self._puller.settle(offers, plan, outcome.reads, mapped=mapped)
+        self._sparse.settle(plan, outcome.needs)
 
     def _pass(self, offers: list[Offer], prepared: Prepared, method: Method, opened: OpenRegions | None) -> Callable[..., Pass]:
         make = partial(MappedPass if method.pull else AheadPass, opened) if opened else self._make_pass
