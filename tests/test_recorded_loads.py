@@ -131,6 +131,71 @@ def test_plans_keep_neither_the_model_nor_its_memory() -> None:
     assert module() is None
 
 
+class Half(Net):
+    """Keeps nothing of the second tensor, unless told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("expert_map", torch.tensor([0, -1]))
+
+    def load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        super().load([(name, tensor) for name, tensor in weights if int(self.expert_map[int(name)]) >= 0])
+
+
+def _sparse(loads: Loads, memory: torch.Tensor, coming: int) -> bool:
+    """A stream in which only one of the two buckets comes."""
+    loads.begin("layout", TABLES, (1 - coming,))
+    loads.load(coming, TABLES[coming], Views([memory]))
+    return loads.end()
+
+
+def test_a_replay_does_without_what_it_takes_nothing_of() -> None:
+    """The engine is told of the tensor all the same, as it is when it comes and nothing is taken of it."""
+    net, told = Half(), []
+    proved = _proved(net)
+    proved.commit()
+    assert proved.needs == b"\1"
+    loads = Loads(net.load, Recordable(net, replaying=told.extend), CpuDevice())
+    assert not _sparse(loads, _memory(1), 0)
+    assert (loads.way, loads.needs, told) == (Way.REPLAY, b"\1", ["0", "1"])
+    assert torch.equal(net.whole.weight[:ROWS].reshape(-1), _memory(1)[:NBYTES].view(torch.float32))
+
+
+@pytest.mark.parametrize("why", ["needed", "changed", "unknown", "no model"])
+def test_a_stream_that_lacks_what_is_needed_changes_nothing(why: str) -> None:
+    """It is asked for once more; what is known of the loader stays."""
+    net = Half()
+    if why != "unknown":
+        _proved(net).commit()
+    if why == "changed":
+        net.expert_map[1] = 1
+    before, calls = net.whole.weight.clone(), len(net.calls)
+    loads = Loads(net.load, None if why == "no model" else Recordable(net), CpuDevice())
+    assert _sparse(loads, _memory(1), 1 if why == "needed" else 0)
+    assert loads.used(0) == ()
+    assert torch.equal(net.whole.weight, before) and len(net.calls) == calls
+    assert loads.needs == b"" and loads.reads == -1
+    assert "not all that it needs was sent" in loads.notes[0]
+    again = _stream(loads, _memory(1))
+    assert (again, loads.way) == {
+        "needed": (False, Way.REPLAY),
+        "changed": (True, Way.RECORD),
+        "unknown": (True, Way.RECORD),
+        "no model": (False, Way.LOADER),
+    }[why]
+    loads.close()
+
+
+def test_a_replay_of_a_sparse_stream_that_breaks_off_is_followed_by_the_loader() -> None:
+    net = Half()
+    _proved(net).commit()
+    loads = Loads(net.load, Recordable(net), CpuDevice())
+    assert _sparse(loads, _memory(1)[: NBYTES // 2], 0)
+    assert not _stream(loads, _memory(1))
+    assert loads.way is Way.LOADER
+    assert torch.equal(net.whole.weight[:ROWS].reshape(-1), _memory(1)[:NBYTES].view(torch.float32))
+
+
 def test_nothing_of_the_servers_memory_is_kept() -> None:
     net = Net()
     _proved(net).commit()
@@ -175,7 +240,7 @@ def test_a_worker_that_is_never_content() -> None:
     for number in range(1, MAX_REPEATS):
         leader.hear(0, m.PassDone(1, number, {}, again=True))
         leader.orders(0.0)
-    with pytest.raises(ProtocolError, match="rank 0 asks for pass 3 once more"):
+    with pytest.raises(ProtocolError, match=f"rank 0 asks for pass {MAX_REPEATS} once more"):
         leader.hear(0, m.PassDone(1, MAX_REPEATS, {}, again=True))
 
 

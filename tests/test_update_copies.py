@@ -20,7 +20,7 @@ from checkpoint_engine.devices.cpu import CpuDevice
 from checkpoint_engine.errors import DeviceError, ManifestError, UpdateError
 from checkpoint_engine.server import lane as lanes
 from checkpoint_engine.server.lane import Lane
-from checkpoint_engine.transport.collective import Collective, GlooCollective
+from checkpoint_engine.transport.collective import Collective, GlooCollective, Ranks
 from checkpoint_engine.transport.push import PushCollective
 from checkpoint_engine.transport.session import prepare_directory
 from helpers.fleet import Handles, Orders, Worker, digests, quick, request, server, share_of, tensors, workers
@@ -146,7 +146,13 @@ class _Stuck(Collective):
         self.asked = 0
 
     def broadcast(
-        self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream, ready: Event | None
+        self,
+        target: torch.Tensor,
+        source: torch.Tensor | None,
+        root: int,
+        stream: Stream,
+        ready: Event | None,
+        ranks: Ranks = None,
     ) -> Event:
         return stream.record()
 

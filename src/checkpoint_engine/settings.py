@@ -36,6 +36,8 @@ class Settings:
                      cannot be); "auto": on one host whichever is predicted to be faster
     recorded_loads   in the engine's process: "on": where the engine names its model, learn what its loader copies, prove it,
                      and copy without the loader from then on; "off": never; "auto": on a CPU, until it has run on GPUs
+    sparse           whether buckets of which this rank's worker needs nothing, by its load plan, need not be sent to it: "on",
+                     "off"; "auto": on a CPU, until it has run on GPUs
     verify           whether workers check every tensor, or the slices that they take, against the digest that its owner made when
                      it registered it, before any worker commits: "on", "off"; "auto": on a CPU, until it has run on GPUs. "on" on
                      any rank is for all
@@ -71,6 +73,7 @@ class Settings:
     map_regions: bool = True
     method: str = "auto"
     recorded_loads: str = "auto"
+    sparse: str = "auto"
     verify: str = "auto"
     peer_reads: bool = True
     peer_hosts: str = ""
@@ -133,6 +136,7 @@ _TIMES = (
 _CHOICES = {
     "method": ("auto", "broadcast", "pull"),
     "recorded_loads": ("auto", "on", "off"),
+    "sparse": ("auto", "on", "off"),
     "verify": ("auto", "on", "off"),
     "peer_transport": ("auto", "tcp", "shm", "mooncake", "nixl"),
 }
@@ -160,6 +164,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "CHECKPOINT_ENGINE_MAP_REGIONS": ("map_regions", _flag),
     "CHECKPOINT_ENGINE_METHOD": ("method", str),
     "CHECKPOINT_ENGINE_RECORDED_LOADS": ("recorded_loads", str),
+    "CHECKPOINT_ENGINE_SPARSE": ("sparse", str),
     "CHECKPOINT_ENGINE_VERIFY": ("verify", str),
     "CHECKPOINT_ENGINE_PEER_READS": ("peer_reads", _flag),
     "CHECKPOINT_ENGINE_PEER_HOSTS": ("peer_hosts", str),

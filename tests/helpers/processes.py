@@ -50,7 +50,7 @@ def _ends(process: subprocess.Popen[str]) -> bool:
     try:
         process.wait(40)
     except subprocess.TimeoutExpired:
-        for member in psutil.Process(process.pid).children(recursive=True) + [psutil.Process(process.pid)]:
+        for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.send_signal(signal.SIGABRT)  # faulthandler prints the stacks of all threads
         psutil.wait_procs([psutil.Process(process.pid)], 10)

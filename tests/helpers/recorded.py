@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from checkpoint_engine.devices.base import Mapping, SharedHandle
 from checkpoint_engine.devices.cpu import CpuDevice
 from checkpoint_engine.devices.host_regions import HostRegions
 from checkpoint_engine.loads.recordable import Recordable
+from checkpoint_engine.loads.replay import Prepared
 from checkpoint_engine.manifest import hex_digest
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.worker import WeightsState, update_weights_from_ipc
@@ -23,13 +25,16 @@ from helpers.fleet import Worker, worker_processes
 
 Weights = list[tuple[str, torch.Tensor]]
 EXPERTS, HIDDEN, LAYERS = 6, 32, 4
+APART, UNUSED = 12, 6
+"""Of the kind "apart": experts, of which each rank keeps a run, and tensors of each layer that no rank keeps anything of."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Deed:
     """What a worker does in one update, and when: before the nth bucket that is replayed, or loaded; or in the post-hook.
 
-    what   "die", "raise"; or before the update begins: "move" (parameters), "permute" (experts); "twice": take two passes
+    what   "die", "raise", "break" (a replay breaks off once); or before the update begins: "move" (parameters), "permute"
+           (experts), "exchange" (keep the next rank's experts); "twice": take two passes
     """
 
     what: str = ""
@@ -40,24 +45,32 @@ class Deed:
 class Layer(torch.nn.Module):
     expert_map: torch.Tensor
 
-    def __init__(self, world_size: int, device: torch.device) -> None:
+    def __init__(self, world_size: int, device: torch.device, experts: int) -> None:
         super().__init__()
         options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
         half = HIDDEN // world_size
         self.qkv = torch.nn.Parameter(torch.zeros(3 * half, HIDDEN, **options), requires_grad=False)
         self.down = torch.nn.Parameter(torch.zeros(HIDDEN, half, **options), requires_grad=False)
-        self.experts = torch.nn.Parameter(torch.zeros(EXPERTS // world_size, half, HIDDEN, **options), requires_grad=False)
+        self.experts = torch.nn.Parameter(torch.zeros(experts // world_size, half, HIDDEN, **options), requires_grad=False)
         self.norm = torch.nn.Parameter(torch.zeros(HIDDEN, **options), requires_grad=False)
-        self.register_buffer("expert_map", torch.full((EXPERTS,), -1, device=device))
+        self.register_buffer("expert_map", torch.full((experts,), -1, device=device))
 
 
 class Net(torch.nn.Module):
-    def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(self, rank: int, world_size: int, device: torch.device, kind: str = "") -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList(Layer(world_size, device) for _ in range(LAYERS))
-        mine = range(rank, EXPERTS, world_size)
+        self.apart = kind == "apart"
+        experts = APART if self.apart else EXPERTS
+        self.layers = torch.nn.ModuleList(Layer(world_size, device, experts) for _ in range(LAYERS))
+        self.keep_experts_of(rank, world_size)
+
+    def keep_experts_of(self, rank: int, world_size: int) -> None:
         for layer in self.layers:
-            layer.expert_map[list(mine)] = torch.arange(len(mine), device=device)  # type: ignore[index]
+            there: Any = layer.expert_map
+            count = len(there) // world_size
+            mine = range(rank * count, (rank + 1) * count) if self.apart else range(rank, len(there), world_size)
+            there.fill_(-1)
+            there[list(mine)] = torch.arange(len(mine), device=there.device, dtype=there.dtype)
 
 
 class Loader:
@@ -128,13 +141,15 @@ def make_loader(net: Net, rank: int, world_size: int, kind: str) -> Loader:
     return (_Nothing if kind == "writes nothing" else Loader)(net, rank, world_size, kind)
 
 
-def checkpoint(seed: int) -> dict[str, torch.Tensor]:
+def checkpoint(seed: int, kind: str = "") -> dict[str, torch.Tensor]:
     """All of a model that ranks have shards of."""
+    experts, unused = (APART, UNUSED) if kind == "apart" else (EXPERTS, 0)
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for layer in range(LAYERS):
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v", "down"), (HIDDEN, HIDDEN))
-        shapes |= {f"experts.{e}": (HIDDEN, HIDDEN) for e in range(EXPERTS)} | {"norm": (HIDDEN,)}
+        shapes |= {f"experts.{e}": (HIDDEN, HIDDEN) for e in range(experts)} | {"norm": (HIDDEN,)}
+        shapes |= {f"unused.{i}": (HIDDEN, HIDDEN) for i in range(unused)}
         for name, shape in shapes.items():
             made[f"layers.{layer}.{name}"] = torch.randn(shape, generator=generator).to(torch.bfloat16)
     return made
@@ -144,9 +159,17 @@ def state_of(net: Net) -> dict[str, str]:
     return {n: hex_digest(p.detach().cpu().view(torch.uint8).numpy().tobytes()) for n, p in net.named_parameters()}
 
 
-def fresh(weights: dict[str, torch.Tensor], rank: int, world_size: int, kind: str = "", permuted: bool = False) -> dict[str, str]:
-    """Digests of the parameters after a load of `weights` into a new model."""
-    net = Net(rank, world_size, torch.device("cpu"))
+def fresh(
+    weights: dict[str, torch.Tensor],
+    rank: int,
+    world_size: int,
+    kind: str = "",
+    permuted: bool = False,
+    experts_of: int | None = None,
+) -> dict[str, str]:
+    """Digests of the parameters after a load of `weights` into a new model. experts_of: the rank whose experts it keeps."""
+    net = Net(rank, world_size, torch.device("cpu"), kind)
+    net.keep_experts_of(rank if experts_of is None else experts_of, world_size)
     if permuted:
         _permute(net)
     make_loader(net, rank, world_size, kind).load(list(weights.items()))
@@ -164,7 +187,8 @@ class _Engine:
     def __init__(self, index: int, rank: int, world_size: int, kind: str) -> None:
         cuda = Settings.from_environment().device != "cpu" and torch.cuda.is_available()
         self.index = index
-        self.net = Net(rank, world_size, torch.device("cuda", index) if cuda else torch.device("cpu"))
+        self.net = Net(rank, world_size, torch.device("cuda", index) if cuda else torch.device("cpu"), kind)
+        self._next = (rank + 1) % world_size, world_size
         self.loader = make_loader(self.net, rank, world_size, kind)
         self.state = WeightsState()
         self.deed, self.count, self.replayed = Deed(), 0, 0
@@ -189,6 +213,10 @@ class _Engine:
         self.loader.names.clear()
         if deed.what == "permute":
             _permute(self.net)
+        if deed.what == "exchange":
+            self.net.keep_experts_of(*self._next)
+        if deed.what == "break":
+            _break_a_replay(deed.number)
         if deed.what == "move":
             for parameter in self.net.parameters():
                 parameter.data = parameter.data.clone()
@@ -198,6 +226,19 @@ class _Engine:
         if deed.what == "twice":
             update_weights_from_ipc(None, handle, self.index, **options)
         return update_weights_from_ipc(None, handle, self.index, **options)
+
+
+def _break_a_replay(number: int) -> None:
+    """Have one bucket's replay fail halfway, in this process."""
+    replay, calls = Prepared.replay, itertools.count()
+
+    def breaking(prepared: Prepared, memories: Sequence[torch.Tensor]) -> None:
+        if next(calls) == number:
+            Prepared.replay = replay  # type: ignore[method-assign]
+            raise RuntimeError("ordered to break off")
+        replay(prepared, memories)
+
+    Prepared.replay = breaking  # type: ignore[method-assign]
 
 
 def _keep_regions() -> None:

@@ -39,6 +39,8 @@ def show(console: Console, report: dict[str, Any]) -> None:
     ]
     title = f"{report['version']} by {report['method']}"
     table(console, title, ["stage", "bytes", "time", "speed"], rows, numbers=3)
+    if unsent := report.get("unsent"):
+        line(console, f"{size(unsent)} were not sent to ranks whose load plans need nothing of them")
     if (pause := report.get("pause_ms")) is not None:
         line(console, f"engines were paused for {pause:.0f} ms at most")
     for replica in report.get("replicas", ()):

@@ -80,23 +80,20 @@ def update(
     Each rank holds its share of every layer in host memory. Endpoint i serves ranks i*K to (i+1)*K - 1, and the first of
     them asks it: wait until ready, pause, update, forget cached prefixes, publish the version, resume. After a failure
     engines with whole weights are resumed, and those with a mixture stay paused, unless --restore-from, which is held in host
-    memory too, gives them whole ones (--restore with --url, where the fleet still has them). With --on-replica-failure continue it is no failure if some engine was updated.
+    memory too, gives them whole ones (--restore with --url). With --on-replica-failure continue one engine is enough.
     """
     places = sockets(endpoint or [], uds)
-    asked = {"pause": pause, "resume_dirty": resume_dirty, "on_replica_failure": on_replica_failure, "ready_seconds": wait}
+    asked = _policy(pause, resume_dirty, on_replica_failure, wait, restore or restore_from is not None)
     if url is not None:
         not_with_url({"--inference-parallel-size": inference_parallel_size, "--name": name, "--restore-from": restore_from})
         from checkpoint_engine.cli.remote_update import remote_update
 
         engines = [{"kind": engine, "url": place, "uds": path, "token": token} for place, path in places]
         body = {"checkpoint": checkpoint, "engines": engines, "version": weight_version, "timeout": timeout, "verify": verify}
-        body["on_failure"] = "restore" if restore else "abort"
         remote_update(url, {**body, **asked}, trace, json_output=json_output)
         return
-    if restore:
-        raise typer.BadParameter("--restore goes with --url; without it, --restore-from says what to put back")
-    if not places or inference_parallel_size is None:
-        raise typer.BadParameter("--endpoint and --inference-parallel-size are needed, or --url of a serving fleet")
+    if not places or inference_parallel_size is None or restore:
+        raise typer.BadParameter("--endpoint and --inference-parallel-size are needed, or --url, with which alone --restore goes")
     rank, world_size = world(os.environ)
     check_ranks(len(places), inference_parallel_size, world_size)
     console = Console(file=sys.stderr if json_output else sys.stdout)
@@ -104,6 +101,13 @@ def update(
     report = _update(console, Path(checkpoint), name, clients, asked, weight_version, timeout, verify, restore_from)
     if rank == 0:
         tell(console, report, trace, json_output=json_output)
+
+
+def _policy(pause: str | None, resume_dirty: bool, on_replica_failure: str, wait: float, restore: bool) -> dict[str, Any]:
+    """Arguments of Policy, which REST takes by the same names."""
+    on_failure = "restore" if restore else "abort"
+    words = {"pause": pause, "resume_dirty": resume_dirty, "on_replica_failure": on_replica_failure, "on_failure": on_failure}
+    return {**words, "ready_seconds": wait}
 
 
 def not_with_url(options: dict[str, object]) -> None:
@@ -148,7 +152,7 @@ def _update(
     files = [str(file) for file in checkpoint_files(checkpoint)]
     with ExitStack() as stack, notes(rank):
         engines = [stack.enter_context(get_engine(*client)) for client in clients]
-        policy = Policy(call_seconds=timeout, on_failure="abort" if previous is None else "restore", **asked)
+        policy = Policy(call_seconds=timeout, **asked)
         ps = stack.enter_context(ParameterServer())
         if previous is not None:
             former = previous.resolve().name if previous.resolve().name != name else f"{name} (previous)"

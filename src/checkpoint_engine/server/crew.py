@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 
 class Crew:
-    """asked: how many came. reads: bytes that they would pull in the next update of the same plan; -1: one of them cannot.
+    """asked: how many came. reads: bytes that they would pull in the next update of the same plan; -1: one of them cannot. needs:
+    the buckets of which the only one that came would take anything, as in Ready; empty: all, or several came.
     stats, ways, notes: of the whole update. noticed: those notes that are about workers that are not what this server left."""
 
     def __init__(self, served: Served) -> None:
@@ -28,6 +29,7 @@ class Crew:
         self._streamed = False
         self.asked = 0
         self.reads = 0
+        self.needs = b""
         self.stats: dict[str, m.StageStats] = {}
         self.ways: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
@@ -71,6 +73,7 @@ class Crew:
         if heard.way:
             self.ways = tuple(dict.fromkeys((*self.ways, heard.way)))
             self.reads = self.reads + heard.reads if min(self.reads, heard.reads) >= 0 else -1
+            self.needs = heard.needs if self.asked == 1 else b""
 
     def commit(self, version: str, seconds: float) -> None:
         """Have the worker serve `version`; then it is none of the crew's. Raises PeerLostError, DeadlineError, ProtocolError."""

@@ -15,7 +15,8 @@ from checkpoint_engine.devices.busy import Busy
 from checkpoint_engine.errors import DeadlineError
 from checkpoint_engine.manifest import RegionMeta
 from checkpoint_engine.planning.plan import Bucket, Copy, Piece
-from checkpoint_engine.server.pipeline import SLICE, Pass, PassError, Stopped
+from checkpoint_engine.server.pass_errors import PassError, Stopped
+from checkpoint_engine.server.pipeline import SLICE, Pass
 from checkpoint_engine.server.slots import RingSlot, Slot
 from checkpoint_engine.server.supply import Supply, Want, wants_of
 from checkpoint_engine.transport.messages import StageStats

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from checkpoint_engine.devices.base import Closing, Device
 from checkpoint_engine.errors import DeadlineError, PeerLostError, SettingsError, UpdateError
 from checkpoint_engine.settings import Settings
-from checkpoint_engine.transport.collective import Collective, join
+from checkpoint_engine.transport.collective import StreamCollective, join
 from checkpoint_engine.transport.links import Links
 from checkpoint_engine.transport.meeting import LEADER, local_address
 
@@ -91,7 +91,7 @@ class Fleet(Closing):
                 self._links = Links(self.rank, self.world_size, store, self.address, self._settings)
         return self._links
 
-    def collective(self, device: Device, generation: int) -> Collective | None:
+    def collective(self, device: Device, generation: int) -> StreamCollective | None:
         """Communicator number `generation`: all ranks must ask for the same one. None in a world of one.
 
         Raises PeerLostError as soon as a rank is gone, UpdateError when one says that it failed, DeadlineError when one does
@@ -99,10 +99,21 @@ class Fleet(Closing):
         """
         if self.world_size == 1:
             return None
-        made: queue.SimpleQueue[Collective | BaseException] = queue.SimpleQueue()
+        return self._joined(device, str(generation), range(self.world_size))
+
+    def group(self, device: Device, generation: int, number: int, members: Sequence[int]) -> StreamCollective:
+        """Sub-group number `number` of that communicator; its members, of which this rank is one, must all ask for it. Raises as
+        `collective`."""
+        group = self._joined(device, f"{generation}/{number}", members)
+        group.members = tuple(members)
+        return group
+
+    def _joined(self, device: Device, place: str, members: Sequence[int]) -> StreamCollective:
+        """place: in the store, which nothing else may have used."""
+        made: queue.SimpleQueue[StreamCollective | BaseException] = queue.SimpleQueue()
         gone = threading.Event()  # nobody waits any more
         # Joining blocks inside a library. A thread of its own leaves this one free to hear who died or cannot come.
-        threading.Thread(target=self._join, args=(device, generation, made, gone), name="join", daemon=True).start()
+        threading.Thread(target=self._join, args=(device, place, members, made, gone), name="join", daemon=True).start()
         try:
             return self._await_joined(made)
         except BaseException:
@@ -110,7 +121,7 @@ class Fleet(Closing):
             _close_unclaimed(made)
             raise
 
-    def _await_joined(self, made: queue.SimpleQueue[Collective | BaseException]) -> Collective:
+    def _await_joined(self, made: queue.SimpleQueue[StreamCollective | BaseException]) -> StreamCollective:
         deadline = time.monotonic() + self._settings.join_timeout + 1
         while True:
             try:
@@ -119,25 +130,30 @@ class Fleet(Closing):
                 if time.monotonic() > deadline:
                     raise DeadlineError("all ranks to join the communicator", self._settings.join_timeout) from None
             else:
-                if isinstance(result, Collective):
+                if isinstance(result, StreamCollective):
                     return result
                 self._blame(1.0)
                 raise result
             self._blame(0.0)
 
     def _join(
-        self, device: Device, generation: int, made: queue.SimpleQueue[Collective | BaseException], gone: threading.Event
+        self,
+        device: Device,
+        place: str,
+        members: Sequence[int],
+        made: queue.SimpleQueue[StreamCollective | BaseException],
+        gone: threading.Event,
     ) -> None:
         try:
             device.bind_thread()
             # A client of its own: waiting in it holds up all others that use it, also after this was given up.
             client = self._connect(is_master=False)
-            store = dist.PrefixStore(f"checkpoint-engine/collective/{generation}", client)  # type: ignore[attr-defined]
+            store = dist.PrefixStore(f"checkpoint-engine/collective/{place}", client)  # type: ignore[attr-defined]
             made.put(
                 join(
                     device,
-                    rank=self.rank,
-                    world_size=self.world_size,
+                    rank=members.index(self.rank),
+                    world_size=len(members),
                     store=store,
                     address=self.address,
                     settings=self._settings,
@@ -190,7 +206,7 @@ class SubFleet(Fleet):
         return self._world._master()
 
 
-def _close_unclaimed(made: queue.SimpleQueue[Collective | BaseException]) -> None:
+def _close_unclaimed(made: queue.SimpleQueue[StreamCollective | BaseException]) -> None:
     with contextlib.suppress(queue.Empty):
-        if isinstance(late := made.get_nowait(), Collective):
+        if isinstance(late := made.get_nowait(), StreamCollective):
             late.close()

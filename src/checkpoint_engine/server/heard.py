@@ -7,8 +7,8 @@ from checkpoint_engine.transport.messages import Again, Loaded, Ready, Spent, St
 
 
 class Heard:
-    """again: it needs the stream once more. way, reads: as in Ready; way "": it is not ready. notes: of its load plan.
-    spans: as in Spent. sums, taken: as in Ready."""
+    """again: it needs the stream once more. way, reads, needs, sums, taken: as in Ready; way "": it is not ready. notes: of its
+    load plan. spans: as in Spent."""
 
     def __init__(self) -> None:
         self._load = self._engine = self._hook = 0.0
@@ -17,6 +17,7 @@ class Heard:
         self.again = False
         self.way = ""
         self.reads = -1
+        self.needs = b""
         self.notes: tuple[str, ...] = ()
         self.spans: tuple[Span, ...] = ()
         self.sums = self.taken = b""
@@ -31,7 +32,7 @@ class Heard:
             self.again = True
         else:
             self._hook, self.way, self.reads = message.seconds, message.way, message.pull
-            self.sums, self.taken = message.sums, message.taken
+            self.needs, self.sums, self.taken = message.needs, message.sums, message.taken
 
     def _tell(self, spent: Spent) -> None:
         self._spent, self.notes, self.spans = spent.seconds, spent.notes, spent.spans

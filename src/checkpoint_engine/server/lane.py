@@ -10,7 +10,8 @@ import torch
 
 from checkpoint_engine.devices.base import Closing, Device, Event, Ring
 from checkpoint_engine.planning.plan import Bucket, Piece, Plan
-from checkpoint_engine.transport.collective import Collective
+from checkpoint_engine.planning.sharing import Shares
+from checkpoint_engine.transport.collective import Collective, Ranks
 
 log = logging.getLogger(__name__)
 _quarantine: list[tuple[Callable[[], bool], contextlib.ExitStack]] = []
@@ -28,16 +29,16 @@ def release_quarantined() -> None:
 class Lane(Closing):
     """Owns device memory and streams for plans with up to `ring_bytes` of ring and `piece_bytes` of staging slot.
 
-    collective: not owned; None in a world of one. staging: slots to lift into; empty: lift straight into the ring. posted:
-    broadcasts queued so far in this update. All ranks queue the same ones in the same order, so after a failure they can be
-    brought level.
+    collective: not owned; None in a world of one. staging: slots to lift into; empty: lift straight into the ring. reached:
+    broadcasts of this update that are behind this rank, queued or none of its business; posted: of them, up to the last that it
+    queued. All ranks queue theirs in the same order, so after a failure they can be brought level.
     """
 
     def __init__(self, device: Device, rank: int, ring_bytes: int, piece_bytes: int) -> None:
         self.device, self.rank = device, rank
         self.ring_bytes, self.piece_bytes = ring_bytes, piece_bytes
         self.collective: Collective | None = None
-        self.posted = 0
+        self.posted = self.reached = 0
         self.damaged = False
         self.staging: list[torch.Tensor] = []
         self._slots: list[torch.Tensor] = []  # allocated for staging, in use or not
@@ -64,7 +65,7 @@ class Lane(Closing):
 
     def use(self, collective: Collective | None) -> None:
         """For the next update. Raises ManifestError when there is no memory for staging that it wants."""
-        self.collective, self.posted = collective, 0
+        self.collective, self.posted, self.reached = collective, 0, 0
         slots = self.device.staging_slots if collective is not None and collective.staged else 0
         while len(self._slots) < slots:
             self._slots.append(self._memory.enter_context(self.device.allocate(self.piece_bytes)).tensor)
@@ -79,16 +80,23 @@ class Lane(Closing):
             self.lifting.copy(target[at : at + c.nbytes], regions[c.region][c.source : c.source + c.nbytes])
         return start, self.lifting.record()
 
-    def share(self, bucket: Bucket, piece: Piece, lifted: Event | None, slot: torch.Tensor | None) -> Event:
-        """Queue the piece's broadcast, behind its lift on the rank that owns it. Returns the event of its arrival here."""
-        return self._broadcast(bucket, piece, None if slot is None else slot[: piece.nbytes], lifted)
+    def share(self, bucket: Bucket, piece: Piece, lifted: Event | None, slot: torch.Tensor | None, ranks: Ranks = None) -> Event:
+        """Queue the piece's broadcast to `ranks`, behind its lift on its owner. Returns the event of its arrival here."""
+        return self._broadcast(bucket, piece, None if slot is None else slot[: piece.nbytes], lifted, ranks)
 
-    def _broadcast(self, bucket: Bucket, piece: Piece, source: torch.Tensor | None, lifted: Event | None) -> Event:
+    def skip(self, piece: Piece) -> None:
+        """In place of `share`, where this rank takes no part."""
+        self.reached += 1
+        if self.collective is not None:
+            self.collective.skip(piece.owner)
+
+    def _broadcast(self, bucket: Bucket, piece: Piece, source: torch.Tensor | None, lifted: Event | None, ranks: Ranks) -> Event:
         place = bucket.offset + piece.offset
         target = self.ring.tensor[place : place + piece.nbytes]
-        self.posted += 1
+        self.reached += 1
+        self.posted = self.reached
         if self.collective is not None:
-            return self.collective.broadcast(target, source, piece.owner, self.sharing, lifted)
+            return self.collective.broadcast(target, source, piece.owner, self.sharing, lifted, ranks)
         return lifted or self.lifting.record()
 
     def rest(self) -> None:
@@ -100,16 +108,23 @@ class Lane(Closing):
         """After a failure, before this rank says that it stopped; see Collective."""
         return self.collective is None or self.collective.quiet(self.sharing, seconds)
 
-    def level(self, plan: Plan, target: int, seconds: float) -> bool:
-        """After a failure: queue broadcasts until `target` are queued, as on all other ranks, and wait for them. What they
-        carry does not matter any more. False when that did not end within `seconds`, or failed."""
+    def level(self, plan: Plan, shares: Shares | None, target: int, seconds: float) -> bool:
+        """After a failure: queue broadcasts until all of this rank's among the first `target` are queued, as on all other ranks,
+        and wait for them. What they carry does not matter any more. False when that did not end within `seconds`, or failed.
+
+        shares: who takes part in those of the update's first stream; None: all."""
         if not self.in_step:
             return True
         try:
-            while self.posted < target:
-                index, number = plan.stream[self.posted % len(plan.stream)]
+            while self.reached < target:
+                index, number = plan.stream[self.reached % len(plan.stream)]
                 bucket = plan.buckets[index]
-                self._broadcast(bucket, bucket.pieces[number], None, None)
+                piece = bucket.pieces[number]
+                ranks = None if shares is None or self.reached >= len(plan.stream) else shares.ranks(index)
+                if ranks is None or self.rank in ranks:
+                    self._broadcast(bucket, piece, None, None, ranks)
+                else:
+                    self.skip(piece)
             return self.sharing.record().wait(seconds)
         except Exception as e:  # whatever a broken communicator raises, it means one thing here
             log.warning("rank %d: the communicator could not be brought level: %s", self.rank, e)

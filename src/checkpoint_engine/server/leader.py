@@ -17,8 +17,9 @@ from checkpoint_engine.timeline import Span, Timeline
 from checkpoint_engine.transport import messages as m
 from checkpoint_engine.transport.meeting import LEADER
 
-MAX_REPEATS = 3
-"""Streams of one pass: recorded, proved, and the loader alone where that was refused."""
+MAX_REPEATS = 4
+"""Streams of one pass: one that lacks what its worker needs after all, recorded, proved, and the loader alone where that was
+refused."""
 
 
 class Leader:

@@ -6,6 +6,7 @@ import logging
 import time
 
 from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.planning.sharing import Shares
 from checkpoint_engine.server.events import WorkerCame
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.transport.links import Inbox, Links
@@ -17,18 +18,18 @@ UNQUIET = -1
 """`Stopped.posted` of a rank that may still write to other ranks' rings."""
 
 
-def level(inbox: Inbox, links: Links, lane: Lane, plan: Plan, dirty: bool, reason: str, seconds: float) -> None:
+def level(inbox: Inbox, links: Links, lane: Lane, plan: Plan, shares: Shares | None, reason: str, seconds: float) -> None:
     """Bring all ranks to the same broadcast, with nothing under way; without every rank's word, give the communicator up.
 
-    reason: for workers that come now. seconds: how long the others' answer and the broadcasts in flight may take. No thread of
-    this rank's may queue broadcasts any more, unless the lane is damaged.
+    shares: of the update's first stream. reason: for workers that come now. seconds: how long the others' answer and the
+    broadcasts in flight may take. No thread of this rank's may queue broadcasts any more, unless the lane is damaged.
     """
     deadline = time.monotonic() + seconds
     quiet = lane.quiet(seconds)
-    links.tell(Stopped(inbox.update, lane.posted if quiet else UNQUIET, dirty))
+    links.tell(Stopped(inbox.update, lane.posted if quiet else UNQUIET))
     posted = _hear(inbox, links, lane, deadline, reason)
     missing = {rank for rank in range(links.world_size) if posted.get(rank, UNQUIET) == UNQUIET}
-    if missing or lane.damaged or not lane.level(plan, max(posted.values()), max(0.1, deadline - time.monotonic())):
+    if missing or lane.damaged or not lane.level(plan, shares, max(posted.values()), max(0.1, deadline - time.monotonic())):
         log.warning("rank %d: giving up the communicator; the next update makes a new one", links.rank)
         in_doubt = frozenset(missing)
         by_copies = not lane.in_step  # else a library's own threads may write, and a rank's word is not enough

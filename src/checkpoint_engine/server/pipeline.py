@@ -20,9 +20,12 @@ import torch
 from checkpoint_engine.devices.base import Event
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, ProtocolError, bare, said
 from checkpoint_engine.planning.plan import Bucket, Piece, Plan
+from checkpoint_engine.planning.sharing import Shares
+from checkpoint_engine.server.coming import Coming, check_needs
 from checkpoint_engine.server.expected import Expected
 from checkpoint_engine.server.heard import Heard
 from checkpoint_engine.server.lane import Lane
+from checkpoint_engine.server.pass_errors import PassError, Stopped
 from checkpoint_engine.server.stages import Stages
 from checkpoint_engine.timeline import Recorder
 from checkpoint_engine.transport.messages import Again, Attach, Failed, Load, Loaded, Ready, Release, StageStats, Table
@@ -30,18 +33,6 @@ from checkpoint_engine.transport.session import WorkerChannel
 
 SLICE = 0.1
 """Seconds between two looks at whether the pass was stopped."""
-
-
-class PassError(CheckpointEngineError):
-    """The pass failed on this rank, in `stage`."""
-
-    def __init__(self, stage: str, reason: str) -> None:
-        self.stage, self.reason = stage, reason
-        super().__init__(f"stage {stage}: {reason}")
-
-
-class Stopped(CheckpointEngineError):
-    """The pass was stopped from outside."""
 
 
 class _Lifted(NamedTuple):
@@ -57,6 +48,7 @@ class Pass:
     progress  called with the bytes of each bucket when it is complete on this rank
     recorder  of this rank's timeline
     expected  what the worker checks; None: nothing
+    shares    who takes part in which bucket; None: all ranks in all. Others are as good as loaded
     """
 
     def __init__(
@@ -71,19 +63,22 @@ class Pass:
         progress: Callable[[int], None] | None = None,
         recorder: Recorder | None = None,
         expected: Expected | None = None,
+        shares: Shares | None = None,
     ) -> None:
         self._plan, self._lane, self._regions, self._worker, self._known = plan, lane, regions, worker, known
         self._progress, self._expected = progress, expected
         self._recorder = recorder or Recorder(enabled=False)
-        self._stages = Stages(plan, lane, self._recorder)
+        self._coming = Coming(plan, shares, lane.rank)
+        self._stages = Stages(plan, lane, self._recorder, self._coming)
         self._seconds, self._deadline = seconds, deadline
         self._arrived: queue.SimpleQueue[tuple[int, dict[int, Event] | None] | None] = queue.SimpleQueue()
         self._state = threading.Condition()
-        self._loaded = 0
+        self._loaded = self._coming.first  # the next bucket that is to be loaded
         self._error: CheckpointEngineError | None = None
         self.loads_sent = 0
+        self._sent = -1  # the last bucket that the worker was told of
         self.heard = Heard()
-        stream = [(plan.buckets[index], plan.buckets[index].pieces[number]) for index, number in plan.stream]
+        stream = [(plan.buckets[index], plan.buckets[index].pieces[number]) for index, number in self._coming.stream]
         self._own: list[tuple[Bucket, Piece]] = [(b, p) for b, p in stream if p.owner == lane.rank]
         self._lifts: list[_Lifted] = []
         self._shares: list[Event] = []  # of own pieces
@@ -134,11 +129,14 @@ class Pass:
         # bucket -> owner -> when the last of its pieces so far is here. One owner's arrive in order, several owners' do not.
         shares: dict[int, dict[int, Event]] = collections.defaultdict(dict)
         for index, bucket in enumerate(self._plan.buckets):
-            if not bucket.pieces:
+            if not bucket.pieces and index in self._coming:
                 self._arrived.put((index, None))
         for index, number in self._plan.stream:
             bucket = self._plan.buckets[index]
             piece = bucket.pieces[number]
+            if index not in self._coming:
+                self._lane.skip(piece)
+                continue
             self._lift_ahead()  # before waiting, in which lifts can go on
             self._wait_loaded(bucket.after)
             lifted: _Lifted | None = None
@@ -147,7 +145,7 @@ class Pass:
                 lifted = self._lifts[next_own]
                 next_own += 1
             slot = None if lifted is None or lifted.slot is None else self._lane.staging[lifted.slot]
-            shared = self._lane.share(bucket, piece, lifted and lifted.done, slot)
+            shared = self._lane.share(bucket, piece, lifted and lifted.done, slot, self._coming.ranks(index))
             shares[index][piece.owner] = shared
             if lifted is not None:
                 self._shares.append(shared)
@@ -197,22 +195,26 @@ class Pass:
             if self._expected is not None:
                 attach = self._expected.put_into(attach)
             worker.send(attach, descriptors, seconds=self._remaining())
-        for bucket in self._plan.buckets:
-            if (entry := self._next_arrival()) is None:
-                raise Stopped("stopped")
-            index, shares = entry
-            for owner, shared in (shares or {}).items():
-                self._wait_shared(shared, index, owner)
-            if worker is None:
-                self._set_loaded(index)
-            else:
-                self.loads_sent += 1
-                self._tell(worker, Load(index))
-            self._stages.settle()
+        for number, bucket in enumerate(self._plan.buckets):
+            if number in self._coming:
+                self._deliver_next(worker)
             if self._progress is not None:
                 self._progress(sum(i.nbytes for i in bucket.items))
         if worker is not None:
             self._tell(worker, Release())
+
+    def _deliver_next(self, worker: WorkerChannel | None) -> None:
+        if (entry := self._next_arrival()) is None:
+            raise Stopped("stopped")
+        index, shares = entry
+        for owner, shared in (shares or {}).items():
+            self._wait_shared(shared, index, owner)
+        if worker is None:
+            self._set_loaded(index)
+        else:
+            self.loads_sent, self._sent = self.loads_sent + 1, index
+            self._tell(worker, Load(index))
+        self._stages.settle()
 
     def _next_arrival(self) -> tuple[int, dict[int, Event] | None] | None:
         try:
@@ -230,7 +232,7 @@ class Pass:
         tables = None
         if self._plan.digest not in self._known:
             tables = tuple(Table(b.offset, b.nbytes, b.items) for b in self._plan.buckets)
-        return Attach(self._lane.rank, (handle,), self._plan.digest, tables), descriptors
+        return Attach(self._lane.rank, (handle,), self._plan.digest, tables, coming=self._coming.bits), descriptors
 
     def _wait_shared(self, event: Event, bucket: int, owner: int) -> None:
         collective = self._lane.collective
@@ -245,7 +247,7 @@ class Pass:
 
     def _set_loaded(self, bucket: int) -> None:
         with self._state:
-            self._loaded = bucket + 1
+            self._loaded = self._coming.after(bucket)
             self._state.notify_all()
 
     # --- collector -----------------------------------------------------------------------------------------------------
@@ -259,6 +261,8 @@ class Pass:
                     self.heard.loaded(loaded)
                     self._set_loaded(bucket)
                 case Ready() | Again() as ended:
+                    if isinstance(ended, Ready):
+                        check_needs(ended.needs, len(self._plan.buckets))
                     if self._loaded != len(self._plan.buckets):
                         raise ProtocolError(f"the worker is ready after {self._loaded} of {len(self._plan.buckets)} buckets")
                     self.heard.ended(ended)
@@ -282,7 +286,7 @@ class Pass:
             except DeadlineError:
                 if self._error is not None:
                     raise Stopped("stopped") from None
-                if self._overdue(self.loads_sent > self._loaded or self._loaded == len(self._plan.buckets)):
+                if self._overdue(self._sent >= self._loaded or self._loaded == len(self._plan.buckets)):
                     raise DeadlineError(f"{what} by {worker.peer}", self._seconds) from None
         raise Stopped("no worker")
 

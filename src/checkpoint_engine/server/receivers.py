@@ -161,7 +161,7 @@ class FetchUpdater(Updater):
 
         keep: what this rank reads stays, as its part of the checkpoint.
         """
-        settings = settings.replace(method="broadcast")
+        settings = settings.replace(method="broadcast", sparse="off")  # a FetchPass reads what all of its stream needs
         self._agreed = agreed = self._agree(name, settings)
         self._keeping = keep
         self._begins(self._fleet.links)

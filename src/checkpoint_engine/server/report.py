@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from checkpoint_engine.timeline import Timeline, Trace
 from checkpoint_engine.transport.messages import StageStats
@@ -21,9 +22,17 @@ class StageReport:
         return self.nbytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
 
 
+class Saved(NamedTuple):
+    """By sending ranks only what their load plans need; see UpdateReport."""
+
+    unsent: int = 0
+    groups: int = 0
+    group_bytes: int = 0
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class UpdateReport:
-    """One update, the same on every rank but for `seconds`.
+    """One update, the same on every rank but for `seconds` and `group_bytes`.
 
     nbytes   bytes of tensors that each replica's workers were shown
     seconds  from the call of `update` to its end, on this rank
@@ -37,6 +46,9 @@ class UpdateReport:
     ways     how workers loaded: "loader", "proved" (the loader, then a plan that is used from then on), "replayed"; all that
              there were among ranks and workers
     notes    why a worker does not replay, where it was asked to
+    unsent   bytes that ranks were not sent in the first stream, of all ranks together: their load plans need nothing of them
+    groups   sub-groups that this took, beside the communicator of all ranks, and group_bytes: device memory that those of this
+             rank keep, estimated; 0 on a CPU, and where ranks of one host copy
     timelines  on rank 0: when each rank's stages were at work on what (Settings.timelines); not in `to_dict`
     """
 
@@ -49,6 +61,9 @@ class UpdateReport:
     ranks: tuple[dict[str, StageReport], ...]
     ways: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    unsent: int = 0
+    groups: int = 0
+    group_bytes: int = 0
     timelines: tuple[Timeline, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     @property
@@ -82,26 +97,30 @@ class UpdateReport:
             "ranks": [stages(r) for r in self.ranks],
             "ways": list(self.ways),
             "notes": list(self.notes),
+            "unsent": self.unsent,
+            "groups": self.groups,
+            "group_bytes": self.group_bytes,
         }
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of an update that went well. passes: streams. reads: of this rank's workers, see Crew. timelines: on rank 0 only. All else
-    is of all ranks."""
+    """Of an update that went well. passes: streams. reads, needs: of this rank's workers, see Crew. timelines: on rank 0 only.
+    All else is of all ranks."""
 
     passes: int
     stats: tuple[dict[str, StageStats], ...]
     ways: tuple[str, ...]
     notes: tuple[str, ...]
     reads: int
+    needs: bytes
     timelines: tuple[Timeline, ...] = ()
 
 
-def make_report(version: str, method: str, nbytes: int, seconds: float, outcome: Outcome) -> UpdateReport:
+def make_report(version: str, method: str, nbytes: int, seconds: float, outcome: Outcome, saved: Saved) -> UpdateReport:
     """nbytes: of one stream; seconds: of this rank."""
     ranks = tuple({k: StageReport(s.nbytes, s.seconds) for k, s in stats.items()} for stats in outcome.stats)
-    what = (outcome.passes, slowest(ranks), ranks, outcome.ways, outcome.notes, outcome.timelines)
+    what = (outcome.passes, slowest(ranks), ranks, outcome.ways, outcome.notes, *saved, outcome.timelines)
     return UpdateReport(version, method, nbytes, seconds, *what)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, UpdateError, said
 from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.planning.sharing import Shares
 from checkpoint_engine.server.crew import Crew
 from checkpoint_engine.server.events import PassEnded, RequestDone, SessionFailed, WorkerCame
 from checkpoint_engine.server.expected import Expected
@@ -23,10 +24,11 @@ from checkpoint_engine.server.heard import Heard
 from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.leader import Leader
 from checkpoint_engine.server.level import await_verdict, level, telling
-from checkpoint_engine.server.pipeline import Pass, PassError
+from checkpoint_engine.server.pass_errors import Fail, PassError
+from checkpoint_engine.server.pass_thread import start_pass
+from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.server.report import Outcome
 from checkpoint_engine.server.request import Request, RequestFunction
-from checkpoint_engine.server.running import start
 from checkpoint_engine.server.served import Served
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.timeline import Recorder
@@ -42,17 +44,11 @@ LATE_SECONDS = 1.0
 """Before an update's deadline: a request that ends by its own one then has the same."""
 
 
-class _Fail(Exception):
-    """Raised inside the loop: the update has failed, here or elsewhere."""
-
-    def __init__(self, failure: m.Failure, *, announced: bool) -> None:
-        self.failure, self.announced = failure, announced
-
-
 class UpdateRun:
     """inbox: of this update. hosts: of all ranks, for messages. served: what this rank's workers served before. make_pass: the
     kind of pass. device: uuid a worker on this rank must have, None: not checked. recorder: of this rank's timeline.
-    expected: what workers check, None: nothing."""
+    expected: what workers check, None: nothing. shares: who takes part in which bucket of the first stream; None: all in all, as
+    in every further one."""
 
     def __init__(
         self,
@@ -70,8 +66,9 @@ class UpdateRun:
         progress: Callable[[int], None] | None = None,
         recorder: Recorder | None = None,
         expected: Expected | None = None,
+        shares: Shares | None = None,
     ) -> None:
-        self._recorder = recorder or Recorder(enabled=False)
+        self._recorder, self._shares = recorder or Recorder(enabled=False), shares
         self._inbox, self._number = inbox, inbox.update
         self._version, self._plan, self._lane, self._regions = version, plan, lane, regions
         self._links, self._settings, self._device, self._progress = links, settings, device, progress
@@ -102,7 +99,7 @@ class UpdateRun:
         try:
             while (end := self._step(deadline)) is None:
                 pass
-        except _Fail as e:
+        except Fail as e:
             failure, end = e.failure, self._abort(e.failure, e.announced)
         except BaseException as e:  # Ctrl-C, or a mistake of ours: the others must not wait for this rank
             self._abort(self._failure("update", f"{type(e).__name__}: {e}"), announced=False)
@@ -113,7 +110,7 @@ class UpdateRun:
             # Ranks that fail at the same time tell each other before they stop: now all know of all, and name the same one.
             raise self._error(min((failure, *self._inbox.failures), key=telling))
         timelines = self._leader.timelines(self._hosts) if self._leader is not None else ()
-        return Outcome(self._pass_number, end.stats, end.ways, end.notes, self._crew.reads, timelines)
+        return Outcome(self._pass_number, end.stats, end.ways, end.notes, self._crew.reads, self._crew.needs, timelines)
 
     def _error(self, failure: m.Failure) -> UpdateError:
         committed, f = self._committed and not self._dirty, failure
@@ -129,7 +126,7 @@ class UpdateRun:
         if self._leader is not None:
             self._check_deadlines(deadline)
             if self._inbox.failures:  # whether or not its turn has come: nothing is decided after it
-                raise _Fail(self._inbox.failures[0], announced=True)
+                raise Fail(self._inbox.failures[0], announced=True)
             for order in self._leader.orders(time.monotonic()):
                 self._links.tell(order)
             wake = min(deadline, self._leader.wake)
@@ -174,7 +171,7 @@ class UpdateRun:
             case m.CommitPass():
                 self._commit()
             case m.Failure():
-                raise _Fail(event, announced=True)
+                raise Fail(event, announced=True)
             case m.Lost(reason=reason) if reason == LEFT:
                 pass  # it has seen the end of this update already, or its Failure came first
             case m.Lost(rank=rank, reason=reason):
@@ -232,8 +229,9 @@ class UpdateRun:
             self._progress if begin.pass_ == 1 else None,
             self._recorder,
             self._expected,
+            self._shares if begin.pass_ == 1 else None,
         )
-        self._pass_thread = start(self._pass, self._put)
+        self._pass_thread = start_pass(self._pass, self._put)
 
     def _pass_over(self, stats: dict[str, m.StageStats]) -> None:
         heard = self._pass.heard if self._pass is not None else Heard()
@@ -266,14 +264,14 @@ class UpdateRun:
         patience = 0.0 if self._leader is not None or LEADER in self._links.lost else self._settings.stop_timeout
         verdict = await_verdict(self._inbox, patience)
         if isinstance(verdict, m.CommitPass):
-            with contextlib.suppress(_Fail, CheckpointEngineError):
+            with contextlib.suppress(Fail, CheckpointEngineError):
                 self._commit()
         return verdict if isinstance(verdict, m.End) else None
 
     # --- failure -------------------------------------------------------------------------------------------------------
 
-    def _fail(self, stage: str, reason: str, rank: int | None = None) -> _Fail:
-        return _Fail(self._failure(stage, reason, rank), announced=False)
+    def _fail(self, stage: str, reason: str, rank: int | None = None) -> Fail:
+        return Fail(self._failure(stage, reason, rank), announced=False)
 
     def _failure(self, stage: str, reason: str, rank: int | None = None) -> m.Failure:
         """rank: whose fault it is; None: this one's."""
@@ -295,5 +293,5 @@ class UpdateRun:
         self._dirty = self._dirty or loaded or self._crew.dirty
         if self._pass_thread is not None and self._pass_thread.is_alive():
             self._lane.abandon()
-        level(self._inbox, self._links, self._lane, self._plan, self._dirty, text, self._settings.stop_timeout)
+        level(self._inbox, self._links, self._lane, self._plan, self._shares, text, self._settings.stop_timeout)
         return None

@@ -20,6 +20,7 @@ from checkpoint_engine.manifest import Manifest, RegionMeta
 from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.memory.registry import Registry
 from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.planning.sharing import Shares
 from checkpoint_engine.server.events import SessionFailed, WorkerCame
 from checkpoint_engine.server.expected import Expected
 from checkpoint_engine.server.fleet import Fleet
@@ -30,11 +31,12 @@ from checkpoint_engine.server.mapped import MappedPass, describe
 from checkpoint_engine.server.neighbours import meet_neighbours
 from checkpoint_engine.server.offer import Offer, exchange_offers, verified
 from checkpoint_engine.server.pipeline import Pass
-from checkpoint_engine.server.pull import AheadPass, Puller
-from checkpoint_engine.server.report import UpdateReport, make_report, method_name
+from checkpoint_engine.server.pull import AheadPass, Method, Puller
+from checkpoint_engine.server.report import Outcome, UpdateReport, make_report, method_name
 from checkpoint_engine.server.request import RequestFunction
 from checkpoint_engine.server.served import Commit, Served
 from checkpoint_engine.server.slices import SliceBook
+from checkpoint_engine.server.sparse import Sparse
 from checkpoint_engine.server.update import CAUSE_SECONDS, UpdateRun
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.timeline import Recorder, span_limit
@@ -73,7 +75,7 @@ class Updater:
     ) -> None:
         self._fleet, self._device, self._keeper = fleet, device, keeper
         self._gatherer, self._registry, self._served = gatherer, registry, served
-        self._puller = Puller(device)
+        self._puller, self._sparse = Puller(device), Sparse(device)
         self._book: SliceBook | None = SliceBook()
         self._make_pass: Callable[..., Pass] = Pass
 
@@ -93,15 +95,16 @@ class Updater:
             inbox = stack.enter_context(links.inbox(number))
             listener = stack.enter_context(self._listen(inbox, settings))
             prepared = self._try_to_prepare(stack, name, settings)
-            mine = self._offer(prepared, name, version, listener.handle, settings)
-            offers = exchange_offers(links, mine, settings.join_timeout)
+            offers = exchange_offers(
+                links, self._offer(prepared, name, version, listener.handle, settings), settings.join_timeout
+            )
             if isinstance(prepared, Exception):
                 raise prepared
             recorder = Recorder(time.perf_counter(), span_limit(len(offers)), enabled=settings.timelines)
-            plan, manifest = prepared.plan, prepared.manifest
-            method, opened = self._puller.open(stack, links, offers, plan, manifest, settings.join_timeout)
+            plan = prepared.plan
+            method, opened = self._puller.open(stack, links, offers, plan, prepared.manifest, settings.join_timeout)
             make_pass = partial(MappedPass if method.pull else AheadPass, opened) if opened else self._make_pass
-            lane = stack.enter_context(self._empty_lane()) if method.pull else self._join(stack, number, offers, plan, settings)
+            lane, shares = self._lane(stack, number, offers, plan, settings, method)
             recorder.lap("join")
             run = UpdateRun(
                 inbox,
@@ -118,18 +121,25 @@ class Updater:
                 progress,
                 recorder,
                 self._expected(offers, prepared),
+                shares,
             )
             with self._served.updating(Commit(prepared.manifest, offers[0].version)):
                 outcome = run.run(req_func, [(o.device, o.handle) for o in offers])
-        self._keeper.proven = lane.method == "copies"
         self._give_back(name, settings)
-        self._puller.settle(offers, plan, outcome.reads, mapped=opened is not None)
+        self._settle(offers, plan, lane, outcome, mapped=opened is not None)
         by = method_name(lane.method, outcome.ways, mapped=method.pull)
-        return self._logged(make_report(offers[0].version, by, plan.nbytes, time.perf_counter() - start, outcome))
+        return self._report(offers[0].version, by, plan.nbytes, start, outcome, shares)
 
-    def _logged(self, report: UpdateReport) -> UpdateReport:
+    def _report(self, version: str, by: str, nbytes: int, start: float, outcome: Outcome, shares: Shares | None) -> UpdateReport:
+        report = make_report(version, by, nbytes, time.perf_counter() - start, outcome, self._keeper.saved(shares))
         log.info("rank %d: %s", self._fleet.rank, report)
         return report
+
+    def _settle(self, offers: list[Offer], plan: Plan, lane: Lane, outcome: Outcome, *, mapped: bool) -> None:
+        """What the next update has to know of one that went well."""
+        self._keeper.proven = lane.method == "copies"
+        self._puller.settle(offers, plan, outcome.reads, mapped=mapped)
+        self._sparse.settle(plan, outcome.needs)
 
     def _expected(self, offers: list[Offer], prepared: Prepared) -> Expected | None:
         if not verified(offers, self._device.kind):
@@ -145,12 +155,25 @@ class Updater:
             lambda error: inbox.put(rank, SessionFailed(error)),
         )
 
-    def _empty_lane(self) -> Lane:
-        """For an update in which nothing is lifted or shared."""
-        return Lane(self._device, self._fleet.rank, ring_bytes=PAGE, piece_bytes=PAGE)
+    def _lane(
+        self,
+        stack: contextlib.ExitStack,
+        number: int,
+        offers: list[Offer],
+        plan: Plan,
+        settings: Settings,
+        method: Method,
+    ) -> tuple[Lane, Shares | None]:
+        """As `_join`; an empty one for an update in which nothing is lifted or shared."""
+        if method.pull:
+            return stack.enter_context(Lane(self._device, self._fleet.rank, ring_bytes=PAGE, piece_bytes=PAGE)), None
+        return self._join(stack, number, offers, plan, settings)
 
-    def _join(self, stack: contextlib.ExitStack, number: int, offers: list[Offer], plan: Plan, settings: Settings) -> Lane:
-        """The lane with what it shares by; who cannot join says so, for the others wait for it there or in the update."""
+    def _join(
+        self, stack: contextlib.ExitStack, number: int, offers: list[Offer], plan: Plan, settings: Settings
+    ) -> tuple[Lane, Shares | None]:
+        """The lane with what it shares by, and who takes part in which bucket. A rank that cannot join says so, for the others
+        wait for it there or in the update."""
         links, generation = self._fleet.links, max(offer.generation for offer in offers)
         try:
             prepare = partial(self._keeper.prepare, plan)
@@ -159,15 +182,17 @@ class Updater:
                 proven, self._keeper.proven = self._keeper.proven, False  # until this update has gone well
                 lane = meet_neighbours(stack, links, prepare, hosts, proven, settings.timeout, settings.join_timeout)
                 if lane is not None:
-                    return lane
+                    return lane, self._sparse.shares(offers, plan, copies=True)
             prepare()
-            return self._keeper.join(generation, settings.timeout)
+            lane, shares = self._keeper.join(generation, settings.timeout), self._sparse.shares(offers, plan, copies=False)
+            self._keeper.group([shares.members(group) for group in shares.groups] if shares is not None else [])
+            return lane, shares
         except BaseException as e:
             self._keeper.skip(generation)
             failure = self._join_failure(e, number, [offer.host for offer in offers])
             if not isinstance(e, UpdateError):  # another rank's, which told everybody
                 links.tell(failure, to_self=False)
-            links.tell(Stopped(number, 0, False), to_self=False)  # who went on need not wait for this rank
+            links.tell(Stopped(number, 0), to_self=False)  # who went on need not wait for this rank
             if isinstance(e, UpdateError) or not isinstance(e, Exception):
                 raise
             raise UpdateError(rank=failure.rank, host=failure.host, stage="join", reason=failure.reason) from e
@@ -228,4 +253,5 @@ class Updater:
         offer = msgspec.structs.replace(
             offer, plan=prepared.plan.digest, version=version or prepared.manifest.version, regions=prepared.shared
         )
-        return self._puller.offer(msgspec.structs.replace(offer, verify=settings.verify), settings)
+        offer = self._sparse.offer(msgspec.structs.replace(offer, verify=settings.verify), settings)
+        return self._puller.offer(offer, settings)

@@ -28,6 +28,9 @@ SLICE = 0.1
 """Seconds between two looks at whether a blocked broadcast has been abandoned."""
 
 
+Ranks = Collection[int] | None
+"""Who takes part in a broadcast, its root among them; None: all ranks."""
+
 _unfinished: list[tuple[Any, Any]] = []
 """Abandoned gloo groups, each with the broadcast that is still in it."""
 
@@ -58,21 +61,29 @@ class Collective(Closing):
         self.seconds = seconds
         self.spans = Spans()  # of all broadcasts on this rank, in their order; where not in_step, of its own alone
 
-    @property
-    def copies(self) -> int:
-        """How often a span of this rank's moves the bytes of its piece."""
+    def sent(self, ranks: Ranks) -> int:
+        """How often a span of this rank's moves the bytes of a piece in which these take part."""
         return 1
 
     @abstractmethod
     def broadcast(
-        self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream, ready: Event | None
+        self,
+        target: torch.Tensor,
+        source: torch.Tensor | None,
+        root: int,
+        stream: Stream,
+        ready: Event | None,
+        ranks: Ranks = None,
     ) -> Event:
-        """Queue, in the end on `stream`: rank `root`'s `source` into every rank's `target`, the same place of all ranks'
-        rings; both uint8, one-dimensional, of one length. Returns the event of its arrival on this rank.
+        """Queue, in the end on `stream`: rank `root`'s `source` into the `target` of all `ranks`, the same place of their
+        rings; both uint8, one-dimensional, of one length. Returns the event of its arrival on this rank, which is one of them.
 
         source: None on the other ranks, and on the root where `target` holds the bytes already. ready: on the root, the event
         from which on they do. What fails, or does not end in time, fails later events; neither tensor may be used then.
         """
+
+    def skip(self, root: int) -> None:
+        """In place of a broadcast from `root` in which this rank takes no part."""
 
     def check(self) -> None:
         """Raises DeviceError when broadcasts under way are known to have failed in a way that ends no event."""
@@ -93,24 +104,58 @@ class Collective(Closing):
 
 
 class StreamCollective(Collective):
-    """One whose broadcasts are work in `stream` on every rank."""
+    """One whose broadcasts are work in `stream` on every rank.
+
+    groups: sub-groups of its ranks, which it owns, by their members in rising order: communicators of their own, in which a
+    rank's number is its place among the members. members: of such a one, for messages. Broadcasts of all of them are queued in
+    one order on one stream, so no two wait for each other.
+    """
+
+    memory = 0
+    """Bytes of device memory that it takes as long as it lives, estimated."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.groups: dict[tuple[int, ...], StreamCollective] = {}
+        self.members: tuple[int, ...] = ()
 
     def broadcast(
-        self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream, ready: Event | None
+        self,
+        target: torch.Tensor,
+        source: torch.Tensor | None,
+        root: int,
+        stream: Stream,
+        ready: Event | None,
+        ranks: Ranks = None,
     ) -> Event:
         if ready is not None:
             stream.after(ready)
         start = stream.record()
-        self._queue(target, source, root, stream)
+        if ranks is None:
+            self._queue(target, source, root, stream)
+        elif len(ranks) > 1:
+            members = tuple(ranks)
+            self.groups[members]._queue(target, source, members.index(root), stream)
+        elif source is not None:
+            stream.copy(target, source)
         end = stream.record()
         self.spans.add(stream, start, end)
         return end
+
+    def _name(self, root: int) -> str:
+        return f"rank {self.members[root] if self.members else root}"
+
+    def drop_groups(self) -> None:
+        """Close them: nothing of them is under way."""
+        for group in self.groups.values():
+            group.close()
+        self.groups = {}
 
     @abstractmethod
     def _queue(self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream) -> None: ...
 
 
-def join(device: Device, *, rank: int, world_size: int, store: Store, address: str, settings: Settings) -> Collective:
+def join(device: Device, *, rank: int, world_size: int, store: Store, address: str, settings: Settings) -> StreamCollective:
     """Make the communicator that fits `device`; all ranks must call it.
 
     store     a prefix that no other communicator used
@@ -159,7 +204,7 @@ class GlooCollective(StreamCollective):
         try:
             work = self._work = self._group.broadcast([tensor], options)
         except RuntimeError as e:
-            raise PeerLostError(f"a rank in the broadcast from rank {root}", str(e).splitlines()[0]) from e
+            raise PeerLostError(f"a rank in the broadcast from {self._name(root)}", str(e).splitlines()[0]) from e
         self._wait(work, root)
 
     def _wait(self, work: Any, root: int) -> None:
@@ -171,19 +216,22 @@ class GlooCollective(StreamCollective):
                 return
             except RuntimeError as e:
                 if completed:  # else it is only this slice of the wait that is over
-                    raise PeerLostError(f"a rank in the broadcast from rank {root}", str(e).splitlines()[0]) from e
+                    raise PeerLostError(f"a rank in the broadcast from {self._name(root)}", str(e).splitlines()[0]) from e
             if self._abandoned.is_set():
                 raise PeerLostError("communicator", "abandoned after a failure")
             if time.monotonic() > deadline:
-                raise DeadlineError(f"the broadcast from rank {root}", self.seconds)
+                raise DeadlineError(f"the broadcast from {self._name(root)}", self.seconds)
 
     def abandon(self, missing: Collection[int]) -> bool:
+        for group in self.groups.values():
+            group.abandon(missing)
         self._abandoned.set()
         return False
 
     def close(self) -> None:
         """Dropping a group waits for the broadcasts in it, an abandoned one's perhaps up to their deadline: those are kept
         until they are over."""
+        self.drop_groups()
         group, self._group = self._group, None
         if self._abandoned.is_set() and group is not None and self._work is not None:
             _unfinished.append((group, self._work))

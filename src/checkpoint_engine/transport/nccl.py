@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,10 @@ def channels(world_size: int) -> int:
     return 8 if world_size <= 4 else 16
 
 
+CHANNEL_BYTES = 18 << 20
+"""Of device memory, measured on H200: see `channels`."""
+
+
 class NcclCollective(StreamCollective):
     """Broadcasts are queued on the caller's stream and never block the host after the first."""
 
@@ -41,9 +46,9 @@ class NcclCollective(StreamCollective):
             token = bytes.fromhex(store.get("id").decode())
         except RuntimeError as e:  # torch's store errors
             raise DeadlineError(f"rank 0 to begin an NCCL communicator ({str(e).splitlines()[0]})", join_seconds) from e
-        self._communicator = NcclCommunicator(
-            token, rank, world_size, device.index, timeout=join_seconds, max_ctas=settings.nccl_channels or channels(world_size)
-        )
+        count = settings.nccl_channels or channels(world_size)
+        self.memory = count * CHANNEL_BYTES
+        self._communicator = NcclCommunicator(token, rank, world_size, device.index, timeout=join_seconds, max_ctas=count)
 
     def _queue(self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream) -> None:
         if not isinstance(stream, CudaStream):
@@ -53,9 +58,18 @@ class NcclCollective(StreamCollective):
 
     def check(self) -> None:
         self._communicator.check()
+        for group in self.groups.values():
+            group.check()
 
     def abandon(self, missing: Collection[int]) -> bool:
-        return self._communicator.abort()
+        """All communicators at the same time: what frees one waits for the device, and so for one that hangs."""
+        all_of_them = [
+            self._communicator,
+            *(group._communicator for group in self.groups.values() if isinstance(group, NcclCollective)),
+        ]
+        with ThreadPoolExecutor(len(all_of_them)) as pool:
+            return all(list(pool.map(NcclCommunicator.abort, all_of_them)))
 
     def close(self) -> None:
+        self.drop_groups()
         self._communicator.close()

@@ -5,7 +5,8 @@ partner, nothing has to be joined, and no memory is kept (docs/notes-cuda.md has
 per receiver, where gloo takes three.
 
 Order is kept by two numbers of every rank, in a page that the others read. posted: how many broadcasts the rank has
-reached, in an order that is the same on all; so its ring has room for them. arrived: how many of its own are in all rings.
+reached, in an order that is the same on all; so its ring has room for those in which it takes part. arrived: how many of its own
+are in all rings in which they must be.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from checkpoint_engine.devices.cpu import CpuMapping, CpuStream
 from checkpoint_engine.devices.polling import poll
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, PeerLostError, bare
 from checkpoint_engine.memory.region import PAGE, HostRegion
-from checkpoint_engine.transport.collective import Collective
+from checkpoint_engine.transport.collective import Collective, Ranks
 from checkpoint_engine.transport.descriptors import SharedDescriptor
 
 SLICE = 0.1
@@ -134,9 +135,8 @@ class PushCollective(Collective):
             self.member = Member(os.getpid(), page.shared, handle, memory)
             self._owned = stack.pop_all()
 
-    @property
-    def copies(self) -> int:
-        return len(self._members) - 1
+    def sent(self, ranks: Ranks) -> int:
+        return len(self._members if ranks is None else ranks) - 1
 
     def meet(self, members: Sequence[Member], *, at_once: bool = True) -> None:
         """Open what all ranks, in rank order, have told of themselves.
@@ -175,18 +175,36 @@ class PushCollective(Collective):
         return [(self.rank + step) % size for step in range(1, size)]
 
     def broadcast(
-        self, target: torch.Tensor, source: torch.Tensor | None, root: int, stream: Stream, ready: Event | None
+        self,
+        target: torch.Tensor,
+        source: torch.Tensor | None,
+        root: int,
+        stream: Stream,
+        ready: Event | None,
+        ranks: Ranks = None,
     ) -> Event:
+        call = self._reach(root)
+        if root == self.rank:
+            receivers = [rank for rank in self._receivers() if ranks is None or rank in ranks]
+            push = partial(self._push, target, call, self._due[root], stream, ready, receivers)
+            self._pushing.call(partial(self._guard, push))
+        return _Arrival(self, self._pages[root], self._due[root])
+
+    def skip(self, root: int) -> None:
+        self._reach(root)
+
+    def _reach(self, root: int) -> int:
+        """Count a call, as all ranks do, and say that this rank has come so far. Returns its number."""
         if self._halted.is_set():
             raise PeerLostError("ranks of this host", "sharing was stopped after a failure")
         call, self._calls = self._calls, self._calls + 1
         self._pages[self.rank].posted = self._calls
         self._due[root] += 1
-        if root == self.rank:
-            self._pushing.call(partial(self._guard, partial(self._push, target, call, self._due[root], stream, ready)))
-        return _Arrival(self, self._pages[root], self._due[root])
+        return call
 
-    def _push(self, target: torch.Tensor, call: int, number: int, stream: Stream, ready: Event | None) -> None:
+    def _push(
+        self, target: torch.Tensor, call: int, number: int, stream: Stream, ready: Event | None, receivers: Sequence[int]
+    ) -> None:
         self._device.bind_thread()
         if not self._rings:
             self._open_rings()
@@ -194,7 +212,7 @@ class PushCollective(Collective):
             self._wait(ready.wait, "a piece to be lifted")
         place = slice(target.storage_offset(), target.storage_offset() + target.numel())
         start: Event | None = None
-        for rank in self._receivers():
+        for rank in receivers:
             self.awaited = f"rank {rank} to have room"
             self._wait(partial(self._has_room, rank, call), self.awaited)
             self.awaited = ""

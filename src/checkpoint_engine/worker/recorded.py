@@ -17,6 +17,7 @@ from checkpoint_engine.loads.plan import LoadPlan, checkpoint_fingerprint
 from checkpoint_engine.loads.proof import Proof
 from checkpoint_engine.loads.recordable import Recordable
 from checkpoint_engine.loads.recorder import Recorder
+from checkpoint_engine.planning.sharing import pack_bits
 from checkpoint_engine.transport.messages import Table
 from checkpoint_engine.worker.plans import Kept, PreparedBucket, Runnable, drop, keep, lookup, trusted
 from checkpoint_engine.worker.views import Views
@@ -60,13 +61,17 @@ class Loads:
         self._proof: Proof | None = None
         self._buckets: tuple[PreparedBucket, ...] = ()
         self._broken: str | None = None  # why the plan cannot go on: what comes is let pass, and comes again
+        self._lacking = False  # so it is, too, when what does not come is needed; that says nothing against the plan
+        self._absent: tuple[int, ...] = ()  # buckets that do not come in this stream
         self._over = False  # nothing but the loader in the rest of this update
 
     # --- a stream ------------------------------------------------------------------------------------------------------
 
-    def begin(self, layout: str, tables: tuple[Table, ...]) -> None:
-        """A stream of these buckets begins. May change weights: what is to be proved is poisoned."""
-        self._layout, self._tables, self._broken = layout, tables, None
+    def begin(self, layout: str, tables: tuple[Table, ...], absent: tuple[int, ...] = ()) -> None:
+        """A stream of these buckets begins, without those that are `absent`. May change weights: what is to be proved is
+        poisoned."""
+        self._layout, self._tables, self._broken, self._absent = layout, tables, None, absent
+        self._lacking = bool(absent)
         if (engine := self._engine) is None:
             return
         if engine.begins is not None:
@@ -76,10 +81,23 @@ class Loads:
             return
         with self._never_failing("its load plan was not used"):
             self._checkpoint = _fingerprint(layout, tables)
-            if proving:
+            if absent:
+                self._choose_sparse(engine)
+            elif proving:
                 self._begin_proof(engine)
             else:
                 self._choose(engine)
+
+    def _choose_sparse(self, engine: Recordable) -> None:
+        """What comes is enough for a replay that takes nothing of what does not. For anything else all must come."""
+        start = time.perf_counter()
+        kept = lookup(engine.module, engine.model().fingerprint, self._checkpoint)
+        if kept is None or kept.plan is None:
+            return
+        buckets = kept.plan.buckets(self._layout, self._tables)
+        if not any(buckets[number].used for number in self._absent):
+            self._trust(kept.plan, start)
+            self._lacking = False
 
     def _choose(self, engine: Recordable) -> None:
         start = time.perf_counter()
@@ -92,9 +110,12 @@ class Loads:
         elif kept.plan is None:
             self.notes.append(kept.reason)
         else:
-            self._plan, self._buckets = kept.plan, kept.plan.buckets(self._layout, self._tables)
-            self.way = Way.REPLAY
-            self._spend("replay", start)
+            self._trust(kept.plan, start)
+
+    def _trust(self, plan: Runnable, start: float) -> None:
+        self._plan, self._buckets = plan, plan.buckets(self._layout, self._tables)
+        self.way = Way.REPLAY
+        self._spend("replay", start)
 
     def _begin_proof(self, engine: Recordable) -> None:
         if self._plan is None:
@@ -112,11 +133,13 @@ class Loads:
 
     def used(self, bucket: int) -> tuple[int, ...] | None:
         """Numbers of the bucket's tensors of which this stream takes any byte; None: perhaps of all."""
+        if self._lacking:
+            return ()
         return self._buckets[bucket].used if self.way in (Way.PROVE, Way.REPLAY) else None
 
     def load(self, bucket: int, table: Table, views: Views) -> float:
         """Load a bucket, or queue that. Returns the seconds of it inside the engine's `run`. Raises what `run` raises."""
-        if self._broken is not None:
+        if self._broken is not None or self._lacking:
             return 0.0
         if self.way in (Way.PROVE, Way.REPLAY):
             return self._replay(self._buckets[bucket], table, views)
@@ -131,8 +154,7 @@ class Loads:
 
     def _replay(self, bucket: PreparedBucket, table: Table, views: Views) -> float:
         start = time.perf_counter()
-        if bucket.names and self._engine is not None and self._engine.replaying is not None:
-            self._engine.replaying(bucket.names)
+        self._tell(bucket)
         try:
             bucket.prepared.replay(views.memories)
         except Exception as e:  # of any kind: the loader can do without it
@@ -145,8 +167,19 @@ class Loads:
         self._run(weights)
         return time.perf_counter() - start
 
+    def _tell(self, bucket: PreparedBucket) -> None:
+        """The engine that counts its tensors."""
+        if bucket.names and self._engine is not None and self._engine.replaying is not None:
+            self._engine.replaying(bucket.names)
+
     def end(self) -> bool:
         """All buckets are loaded. Whether the stream is needed once more before the update can be complete."""
+        if self._lacking:
+            self.notes.append("not all that it needs was sent at first, for it has no load plan any more, or another one")
+            return True
+        if self._broken is None:
+            for number in self._absent:  # nothing is taken of their tensors, as of others that came
+                self._tell(self._buckets[number])
         if self._broken is None and self.way is Way.RECORD:
             return self._end_recording()
         if self._broken is None and self.way is Way.PROVE:
@@ -202,21 +235,27 @@ class Loads:
     @property
     def reads(self) -> int:
         """Bytes that the next replay of this checkpoint reads; -1: it would not be replayed."""
-        return self._plan.reads(self._tables) if self._plan is not None and self._runs else -1
+        return self._plan.reads(self._tables) if self._trusted and self._plan is not None else -1
 
     @property
-    def _runs(self) -> bool:
-        return self.way in (Way.PROVE, Way.REPLAY) and self._broken is None
+    def needs(self) -> bytes:
+        """The buckets of which the next replay takes anything, as in Ready; empty: perhaps of all."""
+        used = [bool(bucket.used) for bucket in self._buckets] if self._trusted else []
+        return b"" if all(used) else pack_bits(used)
 
     @property
     def taken(self) -> bytes:
         """What the next replay of this checkpoint takes, encoded; empty: it would not be replayed."""
-        return self._plan.taken.encode() if self._plan is not None and self._runs and self._device.kind == "cpu" else b""
+        return self._plan.taken.encode() if self._trusted and self._plan is not None and self._device.kind == "cpu" else b""
 
     @property
     def replaying(self) -> Runnable | None:
         """What this stream replays."""
         return self._plan if self.way is Way.REPLAY else None
+
+    @property
+    def _trusted(self) -> bool:
+        return self.way in (Way.PROVE, Way.REPLAY) and self._plan is not None and self._broken is None
 
     def _refuse(self, reason: str) -> None:
         """Remember that this model and this checkpoint have no plan, and why; and go on with the loader."""

@@ -41,6 +41,7 @@ from checkpoint_engine.transport.messages import (
     Table,
 )
 from checkpoint_engine.transport.session import ServerChannel, connect
+from checkpoint_engine.worker.announced import Coming, coming_of
 from checkpoint_engine.worker.attached import known_plans, mappings, tables_of, views_of
 from checkpoint_engine.worker.check import Check, make_check
 from checkpoint_engine.worker.failing import Failure, failing
@@ -156,12 +157,13 @@ class _Session:
                 descriptors = self.channel.take_descriptors()
                 memories = [mapped.enter_context(m).tensor for m in mappings(attach, descriptors, self.device)]
                 views = views_of(memories, self.device, self._index)
-                self.loads.begin(attach.plan, tables)
+                coming = coming_of(attach, len(tables))
+                self.loads.begin(attach.plan, tables, coming.absent)
                 check = mapped.enter_context(self._make_check(attach, tables, memories))
             except Exception as e:
                 raise Failure("attach", -1, e) from e
             self._work.did("attach", start)
-            for bucket in self._buckets(len(tables), check):
+            for bucket in self._buckets(coming, check):
                 self._load(bucket, tables[bucket], views, check)
             while self._queued:
                 self._report(self.settings.timeout)
@@ -174,8 +176,9 @@ class _Session:
         whole = make_check(attach, tables, memories, self.device, seconds, at_work)
         return with_slices(whole, attach.slicing, loads.offered, tables, memories, loads.replaying, seconds, at_work)
 
-    def _buckets(self, count: int, check: Check) -> Iterator[int]:
-        """Numbers of the stream's buckets, as they are to be loaded; the check of each begins when it is there."""
+    def _buckets(self, coming: Coming, check: Check) -> Iterator[int]:
+        """Numbers of the stream's buckets, as they are to be loaded; the check of each begins when it is there. Raises
+        ProtocolError unless exactly those come that were announced, in their order."""
         ahead: collections.deque[int] = collections.deque()
         message: Message | None = None
         while ahead or not isinstance(message, Release):
@@ -183,11 +186,12 @@ class _Session:
             if full or (message := self._next_bucket(wait=not ahead)) is None:
                 yield ahead.popleft()
             elif isinstance(message, Load):
-                if not 0 <= message.bucket < count:
-                    raise ProtocolError(f"the server sent bucket {message.bucket} of {count}")
+                coming.came(message.bucket)
                 with failing("verify", message.bucket):
                     check.begin(message.bucket, self.loads.used(message.bucket))
                 ahead.append(message.bucket)
+            else:
+                coming.released()
 
     def _end_check(self, check: Check) -> None:
         with failing("verify"):
@@ -256,7 +260,7 @@ class _Session:
         seconds = self._work.did("post_hook", start)
         reads = self.loads.reads if self.device.reads_regions else -1
         taken = self.loads.taken if self._tell else b""
-        self._send(Ready(seconds, self._spent(), self.loads.way.value, reads, self._sums, taken))
+        self._send(Ready(seconds, self._spent(), self.loads.way.value, reads, self.loads.needs, self._sums, taken))
 
     def _spent(self) -> Spent:
         """Since the last time that it was told."""

@@ -1,4 +1,4 @@
-"""A pass in a thread of its own."""
+"""A pass in a thread of its own, whose end the update's loop hears."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 from checkpoint_engine.errors import CheckpointEngineError, bare
 from checkpoint_engine.server.events import PassEnded
-from checkpoint_engine.server.pipeline import Pass, PassError
+from checkpoint_engine.server.pass_errors import PassError
+from checkpoint_engine.server.pipeline import Pass
 
 
-def start(running: Pass, put: Callable[[PassEnded], None]) -> threading.Thread:
-    """Run it; how it ended is put, whatever that was."""
+def start_pass(running: Pass, put: Callable[[PassEnded], None]) -> threading.Thread:
+    """put: called in that thread, once, at the end."""
     thread = threading.Thread(target=_run, args=(running, put), name="pass", daemon=True)
     thread.start()
     return thread
