@@ -38,8 +38,10 @@ class Runnable:
     """
 
     def __init__(self, plan: LoadPlan, model: Model) -> None:
-        """Raises LoadPlanError."""
+        """Raises LoadPlanError. written: the first tensor of each storage that a replay writes."""
         self.plan = plan
+        into = {copy.storage for tensor in plan.planned for copy in tensor.copies}
+        self.written = frozenset(plan.storages[number].names[0] for number in into)
         self._replayer = Replayer(plan, model.unheld())
         self._layouts: collections.OrderedDict[str, tuple[PreparedBucket, ...]] = collections.OrderedDict()
 

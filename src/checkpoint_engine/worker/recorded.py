@@ -17,6 +17,7 @@ from checkpoint_engine.loads.plan import LoadPlan, checkpoint_fingerprint
 from checkpoint_engine.loads.proof import Proof
 from checkpoint_engine.loads.recordable import Recordable
 from checkpoint_engine.loads.recorder import Recorder
+from checkpoint_engine.loads.staging import BlankSlots, Listener, slots_of
 from checkpoint_engine.transport.messages import Table
 from checkpoint_engine.worker.plans import Kept, PreparedBucket, Runnable, drop, keep, lookup
 from checkpoint_engine.worker.views import Views
@@ -55,6 +56,9 @@ class Loads:
         self._recorder: Recorder | None = None
         self._plan: Runnable | None = None
         self._proof: Proof | None = None
+        self._staged: dict[int, int] = {}  # digests of slots, as recorded
+        self._slots: Listener | None = None
+        self._left: collections.Counter[str] = collections.Counter()  # of staged layers: buckets to come
         self._buckets: tuple[PreparedBucket, ...] = ()
         self._broken: str | None = None  # why the plan cannot go on: what comes is let pass, and comes again
         self._over = False  # nothing but the loader in the rest of this update
@@ -68,15 +72,24 @@ class Loads:
             return
         if engine.begins is not None:
             engine.begins()
-        proving, self.way = self.way is Way.RECORD and not self._over, Way.LOADER
-        if self._over:
-            return
-        with self._never_failing("its load plan was not used"):
-            self._checkpoint = _fingerprint(layout, tables)
-            if proving:
-                self._begin_proof(engine)
-            else:
-                self._choose(engine)
+        proving, self.way, self._slots = self.way is Way.RECORD and not self._over, Way.LOADER, None
+        if not self._over:
+            with self._never_failing("its load plan was not used"):
+                self._checkpoint = _fingerprint(layout, tables)
+                if proving:
+                    self._begin_proof(engine)
+                else:
+                    self._choose(engine)
+        self._begin_stages(engine)
+
+    def _begin_stages(self, engine: Recordable) -> None:
+        self._left.clear()
+        written: frozenset[str] = frozenset()
+        if self.way in (Way.PROVE, Way.REPLAY) and self._plan is not None:
+            self._left.update(staged.layer for bucket in self._buckets for staged in bucket.prepared.staged)
+            written = self._plan.written
+        if engine.stages is not None:
+            engine.stages.listen(self._slots, written)
 
     def _choose(self, engine: Recordable) -> None:
         start = time.perf_counter()
@@ -84,12 +97,14 @@ class Loads:
         kept = lookup(engine.module, model.fingerprint, self._checkpoint)
         if kept is None:
             self._recorder = Recorder(model)
+            self._slots = self._recorder.slots
             self.way = Way.RECORD
             self._spend("record", start)
         elif kept.plan is None:
             self.notes.append(kept.reason)
         else:
             self._plan, self._buckets = kept.plan, kept.plan.buckets(self._layout, self._tables)
+            self._slots = BlankSlots(kept.plan.plan)
             self.way = Way.REPLAY
             self._spend("replay", start)
 
@@ -102,7 +117,8 @@ class Loads:
             self._refuse(reason)
             return
         self._buckets = self._plan.buckets(self._layout, self._tables)
-        self._proof = Proof(self._plan.plan, model)
+        self._proof = Proof(self._plan.plan, model, self._staged)
+        self._slots = self._proof.slots
         self.way = Way.PROVE  # from here on only a complete pass makes the model whole
         self._proof.poison()
         self._spend("prove", start)
@@ -132,6 +148,7 @@ class Loads:
             self._engine.replaying(bucket.names)
         try:
             bucket.prepared.replay(views.memories)
+            self._replay_staged(bucket, views)
         except Exception as e:  # of any kind: the loader can do without it
             self._broken = f"a replay failed: {said(e)}"
         self._spend("replay" if self.way is Way.REPLAY else "prove", start)
@@ -142,32 +159,53 @@ class Loads:
         self._run(weights)
         return time.perf_counter() - start
 
+    def _replay_staged(self, bucket: PreparedBucket, views: Views) -> None:
+        """Layer by layer: one for which this is the last bucket is post-processed before the next one gets memory."""
+        for staged in bucket.prepared.staged:
+            if self._engine is None or (stages := self._engine.stages) is None or self._plan is None or self._slots is None:
+                raise RuntimeError("its engine does not stage layers any more")
+            tensors = stages.open(staged.layer, staged.names)
+            staged.replay(slots_of(self._plan.plan, staged.layer, tensors), views.memories)
+            self._left[staged.layer] -= 1
+            if not self._left[staged.layer]:
+                stages.finish_layer(staged.layer)
+            if self._slots.failure is not None:
+                raise RuntimeError(self._slots.failure)
+
     def end(self) -> bool:
         """All buckets are loaded. Whether the stream is needed once more before the update can be complete."""
+        if self._broken is None and (open_ := [layer for layer, count in self._left.items() if count]):
+            self._broken = f"buckets did not come of {', '.join(open_[:5])}"
         if self._broken is None and self.way is Way.RECORD:
             return self._end_recording()
         if self._broken is None and self.way is Way.PROVE:
             start = time.perf_counter()
             with self._never_failing("its load plan could not be proved"):
+                self._settle()
                 self._device.synchronize()
                 if self._proof is not None and (differing := self._proof.differing()):
                     self._broken = self._proof.summary(differing)
             self._spend("prove", start)
         if self._broken is None:
             return False
+        if self._engine is not None and self._engine.stages is not None:
+            self._engine.stages.abandon()
         self._refuse(self._broken)
         self._over = True
         return True
 
     def _end_recording(self) -> bool:
         start = time.perf_counter()
+        self._settle()  # outside of what follows: an incomplete checkpoint ends the update
         recorder, self._recorder = self._recorder, None
         if recorder is None or self._engine is None:
             return False
         with recorder, self._never_failing("its loader cannot be recorded"):
             self._device.synchronize()
             model = self._engine.model()
-            plan: LoadPlan = recorder.finish(model, self._checkpoint)
+            replaced = self._engine.stages.replaced if self._engine.stages is not None else frozenset()
+            plan: LoadPlan = recorder.finish(model, self._checkpoint, replaced)
+            self._staged = recorder.slots.digests
             if (useless := plan.useless()) is not None:
                 self._refuse(useless)
             else:
@@ -176,6 +214,10 @@ class Loads:
         self._spend("record", start)
         self._over = self._plan is None
         return not self._over
+
+    def _settle(self) -> None:
+        if self._engine is not None and self._engine.stages is not None:
+            self._engine.stages.settle()
 
     # --- the update ----------------------------------------------------------------------------------------------------
 
