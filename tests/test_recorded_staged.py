@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.loads import Memory
-from helpers.staged import COLUMNS, LAYERS, ROWS, Engine, checkpoint, serves
 
-from checkpoint_engine.devices.cpu import CpuDevice
+from checkpoint_engine.devices.base import get_device
 from checkpoint_engine.loads.plan import LoadPlan
 from checkpoint_engine.planning.plan import Item
 from checkpoint_engine.transport.messages import Table
 from checkpoint_engine.worker.plans import lookup
 from checkpoint_engine.worker.recorded import Loads, Way
 from checkpoint_engine.worker.views import Views
+from helpers.loads import Memory
+from helpers.staged import COLUMNS, LAYERS, ROWS, Engine, checkpoint, serves
 
 LAYER_BYTES = (2 * ROWS + 1) * COLUMNS * 4
 
 
-def _stream(loads: Loads, seed: int, tensors: int, cut: bool = False) -> bool:
+def _stream(loads: Loads, seed: int, tensors: int, cut: bool = False, device: str = "cpu") -> bool:
     """One stream of the checkpoint `seed`, in buckets of so many tensors. cut: memory ends before its last tensor does."""
     weights = checkpoint(seed)
-    memory = Memory(weights)
+    memory = Memory(weights, device)
     items = [
         Item(name, "float32", tuple(tensor.shape), source.offset, tensor.nbytes)
         for (name, tensor), source in zip(weights, memory.sources, strict=True)
@@ -35,9 +35,10 @@ def _stream(loads: Loads, seed: int, tensors: int, cut: bool = False) -> bool:
 
 
 def _update(engine: Engine, seed: int, tensors: int = 7, fails_once: bool = False) -> Loads:
-    loads = Loads(engine.load, engine.recordable, CpuDevice())
+    device = engine.table.device.type
+    loads = Loads(engine.load, engine.recordable, get_device(device, 0))
     cut = fails_once
-    while _stream(loads, seed, tensors, cut):
+    while _stream(loads, seed, tensors, cut, device):
         cut = False
     engine.post_hook()
     loads.commit()
@@ -46,7 +47,7 @@ def _update(engine: Engine, seed: int, tensors: int = 7, fails_once: bool = Fals
 
 
 def _plan(engine: Engine) -> LoadPlan:
-    loads = Loads(engine.load, engine.recordable, CpuDevice())
+    loads = Loads(engine.load, engine.recordable, get_device("cpu", 0))
     _stream(loads, 0, 7)
     engine.abandon()
     kept = lookup(engine, engine.recordable.model().fingerprint, loads._checkpoint)
@@ -55,10 +56,11 @@ def _plan(engine: Engine) -> LoadPlan:
     return kept.plan.plan
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("tensors", [1, 2, 3, 7])
-def test_staged_layers_are_replayed(tensors: int) -> None:
+def test_staged_layers_are_replayed(tensors: int, device: str) -> None:
     """In whatever pieces they come, one layer is staged at a time, and the loader is not called again."""
-    engine = Engine()
+    engine = Engine(device=device)
     places = [layer.weight.data_ptr() for layer in engine.layers]
     assert _update(engine, 0, tensors).way is Way.PROVE
     assert serves(engine, 0)
@@ -74,9 +76,10 @@ def test_staged_layers_are_replayed(tensors: int) -> None:
     assert [layer.weight.data_ptr() for layer in engine.layers] == places
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["casts", "pads"])
-def test_a_layer_that_is_more_than_copies_is_left_to_the_loader_whole(kind: str) -> None:
-    engine = Engine(("copies", kind, "copies"))
+def test_a_layer_that_is_more_than_copies_is_left_to_the_loader_whole(kind: str, device: str) -> None:
+    engine = Engine(("copies", kind, "copies"), device)
     assert _update(engine, 0).way is Way.PROVE
     assert serves(engine, 0)
     calls = engine.calls
@@ -119,7 +122,7 @@ def test_post_processing_that_fails_in_a_replay_leaves_live_tensors_in_place() -
     engine = Engine()
     _update(engine, 0)
     engine.layers[1].quant_method.fails = True
-    loads = Loads(engine.load, engine.recordable, CpuDevice())
+    loads = Loads(engine.load, engine.recordable, get_device("cpu", 0))
     assert _stream(loads, 1, 7)
     assert "no kernel today" in loads.notes[0]
     assert engine.layers[1].weight.shape == (COLUMNS, 2 * ROWS)
@@ -132,7 +135,7 @@ def test_post_processing_that_fails_in_a_replay_leaves_live_tensors_in_place() -
 def test_a_failed_update_between_does_no_harm() -> None:
     engine = Engine()
     _update(engine, 0)
-    loads = Loads(engine.load, engine.recordable, CpuDevice())
+    loads = Loads(engine.load, engine.recordable, get_device("cpu", 0))
     _stream(loads, 1, 7)
     engine.abandon()  # as an engine does it when another rank failed: the plan stays
     assert _update(engine, 2).way is Way.REPLAY

@@ -31,16 +31,17 @@ class Method:
 class Packed(torch.nn.Module):
     """Two shards of ROWS rows and, in the checkpoint's layout, one row of padding, that nothing is loaded into.
 
-    kind  how it loads: "copies"; "casts"; "hides" (no operation shows its second shard); "numpy"; "replaces"; "pads" (writes zeroes, too)
+    kind  how it loads: "copies"; "casts"; "hides" (no operation shows its second shard); "numpy"; "replaces";
+          "pads" (writes zeroes, too)
     """
 
     output_sizes = (ROWS, ROWS)
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, device: str) -> None:
         super().__init__()
         self.kind, self.quant_method, self.calls = kind, Method(), 0
-        self.weight = torch.nn.Parameter(torch.zeros(COLUMNS, 2 * ROWS), requires_grad=False)
-        self.dtype = torch.float32
+        self.weight = torch.nn.Parameter(torch.zeros(COLUMNS, 2 * ROWS, device=device), requires_grad=False)
+        self.dtype, self.device = torch.float32, device
 
     def load(self, param: torch.Tensor, loaded_weight: torch.Tensor, loaded_shard_id: int) -> None:
         self.calls += 1
@@ -52,7 +53,9 @@ class Packed(torch.nn.Module):
         elif self.kind == "numpy":
             part.numpy()[:] = loaded_weight.numpy()
         elif self.kind == "replaces":
-            param.data = torch.cat([loaded_weight, param.data[ROWS:]] if not loaded_shard_id else [param.data[:ROWS], loaded_weight])
+            param.data = torch.cat(
+                [loaded_weight, param.data[ROWS:]] if not loaded_shard_id else [param.data[:ROWS], loaded_weight]
+            )
         else:
             part.copy_(loaded_weight)
             if self.kind == "pads":
@@ -75,7 +78,8 @@ class Internals:
         layer.register_parameter("weight", meta)
 
     def materialize(self, layer: Packed, info: Any) -> None:
-        fresh: Any = torch.nn.Parameter(torch.full(layer.weight.shape, 3.0, dtype=layer.dtype), requires_grad=False)
+        blank = torch.full(layer.weight.shape, 3.0, dtype=layer.dtype, device=layer.device)
+        fresh: Any = torch.nn.Parameter(blank, requires_grad=False)
         vars(fresh).update(vars(layer.weight))
         layer.weight = fresh
 
@@ -92,10 +96,10 @@ class Internals:
 class Engine(torch.nn.Module):
     """LAYERS packed layers, and a table that is loaded as it is. Its stages are those of `Recordable`."""
 
-    def __init__(self, kinds: Iterable[str] = ("copies",) * LAYERS) -> None:
+    def __init__(self, kinds: Iterable[str] = ("copies",) * LAYERS, device: str = "cpu") -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList(Packed(kind) for kind in kinds)
-        self.table = torch.nn.Parameter(torch.zeros(ROWS, COLUMNS), requires_grad=False)
+        self.layers = torch.nn.ModuleList(Packed(kind, device) for kind in kinds)
+        self.table = torch.nn.Parameter(torch.zeros(ROWS, COLUMNS, device=device), requires_grad=False)
         self.held = Held()
         self._staged: dict[str, StagedLayer] | None = None
         self._listener: Listener | None = None
@@ -165,4 +169,5 @@ def serves(engine: Engine, seed: int) -> bool:
     """Whether it serves exactly this checkpoint."""
     (_, table), *parts = checkpoint(seed)
     packed = [torch.cat([parts[2 * n][1], parts[2 * n + 1][1]]).mul(2).t() for n in range(LAYERS)]
-    return torch.equal(engine.table, table) and all(torch.equal(x.weight, y) for x, y in zip(engine.layers, packed, strict=True))
+    same = [torch.equal(layer.weight.cpu(), part) for layer, part in zip(engine.layers, packed, strict=True)]
+    return torch.equal(engine.table.cpu(), table) and all(same)

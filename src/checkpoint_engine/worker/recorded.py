@@ -176,6 +176,8 @@ class Loads:
         """All buckets are loaded. Whether the stream is needed once more before the update can be complete."""
         if self._broken is None and (open_ := [layer for layer, count in self._left.items() if count]):
             self._broken = f"buckets did not come of {', '.join(open_[:5])}"
+        if self._broken is None and self.way is Way.REPLAY and self._slots is not None:
+            self._broken = self._slots.failure
         if self._broken is None and self.way is Way.RECORD:
             return self._end_recording()
         if self._broken is None and self.way is Way.PROVE:
