@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from checkpoint_engine.errors import SettingsError, TensorError
 from checkpoint_engine.loads.model import expert_maps
 from checkpoint_engine.loads.staging import Listener
-from checkpoint_engine.worker.vllm_attention import SCALES, drop_scales, has_scales, is_attention, scale_parameters
+from checkpoint_engine.worker.vllm_attention import drop_scales, has_scales, is_attention, scale_parameters
 from checkpoint_engine.worker.vllm_layers import LayerFacts, Way, choose_way
 from checkpoint_engine.worker.vllm_parts import WatchedLayer, has_parts, muted
 from checkpoint_engine.worker.vllm_stage import Held, Internals, StagedLayer, own_tensors
@@ -126,8 +126,10 @@ class Reload:
             self._loaded.update(loaded)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All parameters and buffers as they serve, but those that are made anew in every pass; while none is under way."""
-        passing = {f"{name}.{s}" for name, layer in self._model.named_modules() if has_scales(layer) for s in SCALES}
+        """All parameters and buffers as they serve, while no pass is under way. Not among them: what is made anew in every pass,
+        scales and zero points of attention."""
+        scaled = [(name, layer) for name, layer in self._model.named_modules() if has_scales(layer)]
+        passing = {name for prefix, layer in scaled for name in _names_of(prefix, layer._parameters)}
         mine = [*self._model.named_parameters(remove_duplicate=False), *self._model.named_buffers(remove_duplicate=False)]
         return {self.label + name: tensor for name, tensor in mine if name not in passing}
 
