@@ -126,10 +126,10 @@ class Reload:
             self._loaded.update(loaded)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All parameters and buffers as they serve, while no pass is under way. Not among them: what is made anew in every pass,
-        scales and zero points of attention."""
+        """All parameters and buffers as they serve, while no pass is under way. Not among them: what attention with scales has of
+        its own. Those, and what is derived of them, may be other tensors after every pass."""
         scaled = [(name, layer) for name, layer in self._model.named_modules() if has_scales(layer)]
-        passing = {name for prefix, layer in scaled for name in _names_of(prefix, layer._parameters)}
+        passing = {name for prefix, layer in scaled for name in _names_of(prefix, own_tensors(layer))}
         mine = [*self._model.named_parameters(remove_duplicate=False), *self._model.named_buffers(remove_duplicate=False)]
         return {self.label + name: tensor for name, tensor in mine if name not in passing}
 
