@@ -103,8 +103,8 @@ INT8 = {
 }
 
 
-def quantized(checkpoint: Path, path: Path) -> Path:
-    """A copy of a checkpoint with its projections in int8, and a scale for each of their channels."""
+def quantized(checkpoint: Path, path: Path, scales: str = "bfloat16") -> Path:
+    """A copy of a checkpoint with its projections in int8, and a scale of that dtype for each of their channels."""
     import torch
 
     def quantize(tensors: dict[str, torch.Tensor]) -> None:
@@ -112,7 +112,7 @@ def quantized(checkpoint: Path, path: Path) -> Path:
             weight = tensors[name].float()
             scale = weight.abs().amax(1, keepdim=True) / 127
             tensors[name] = (weight / scale).round().to(torch.int8)
-            tensors[f"{name}_scale"] = scale.to(torch.bfloat16)
+            tensors[f"{name}_scale"] = scale.to(getattr(torch, scales))
 
     return configured(changed(checkpoint, path, quantize), quantization_config=INT8)
 

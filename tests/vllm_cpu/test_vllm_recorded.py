@@ -74,7 +74,8 @@ def test_experts_on_two_workers_with_failures_between(tmp_path: Path) -> None:
 
 
 def test_quantized(tmp_path: Path) -> None:
-    checkpoints = [quantized(save_qwen3(tmp_path / f"dense-{n}", n), tmp_path / f"int8-{n}") for n in range(2)]
+    """With scales as vLLM holds them. (Scales that it converts make their layers the loader's: test_vllm_updates.)"""
+    checkpoints = [quantized(save_qwen3(tmp_path / f"dense-{n}", n), tmp_path / f"int8-{n}", "float32") for n in range(2)]
     with vllm_beside(checkpoints, NO_WORDS) as (socket, expected):
         assert expected[0] != expected[1]
         _one_after_another(socket, checkpoints, expected)
