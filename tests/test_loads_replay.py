@@ -274,13 +274,14 @@ def kernel_matches_copies(device: str, shift: int, memory_device: str) -> None:
         Move(0, 1024, 0, 42000, 6, (129, 2), (8, 4096), (12, 6)),
     ]
     results = []
-    for kind, where in ((Copies, "cpu"), (Gather, device)):
+    for kind, where, slots in ((Copies, "cpu", False), (Gather, device, False), (Gather, device, True)):
         storage = torch.zeros(1 << 16, dtype=torch.uint8, device=where)
-        way = kind(found, [storage])
+        way = kind(found, {0: storage} if slots else [storage])
         for moved in (shift, 0, shift):
             way.run([(memory if where == "cpu" and kind is Copies else there)[moved:]])
         results.append(storage.cpu())
-    assert torch.equal(*results)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")

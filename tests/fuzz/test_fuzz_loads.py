@@ -10,17 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint_engine.errors import LoadPlanError
-from checkpoint_engine.loads.plan import Copy, LoadersTensor, LoadPlan, Place, PlannedTensor, Storage
+from checkpoint_engine.loads.plan import Copy, LoadersTensor, LoadPlan, Place, PlannedTensor, Slot, Storage
 from helpers.damage import INTEGERS, damaged, misshapen, nested
 from helpers.fuzzing import fuzz
 
 VALID = LoadPlan(
     "model",
     "checkpoint",
-    (Storage(1000, ("a", "b")), Storage(64, ("c",))),
+    (Storage(1000, ("a", "b")), Storage(64, ("c",)), Storage(40, ("l.w",), Slot("l", "w", "int8", (5, 8), (8, 1)))),
     (
         PlannedTensor("w", "float32", (4, 8), (Copy(0, 0, 0, 16, (4,), (32,), (16,)), Copy(16, 0, 500, 16, (4,), (32,), (16,)))),
         PlannedTensor("v", "uint8", (3, 3, 3), (Copy(1, 1, 8, 1, (3, 3), (9, 3), (6, 2)),)),
+        PlannedTensor("w", "int8", (32,), (Copy(0, 2, 8, 32),)),
         PlannedTensor("unused", "int8", (5,), ()),
     ),
     (LoadersTensor("s", "it is converted", (Place(0, 900, 4, (5,), (20,)),)),),
@@ -77,7 +78,7 @@ LISTS = st.lists(NUMBERS, max_size=3).map(tuple)
 COPIES = st.builds(
     Copy,
     source=NUMBERS,
-    storage=st.integers(-1, 2),
+    storage=st.integers(-1, 3),
     target=NUMBERS,
     run=NUMBERS,
     sizes=LISTS,

@@ -34,6 +34,24 @@ class Extension(VllmColocateWorkerExtension):
             vars(model)["load_weights"] = failing
         return {}
 
+    def testing_fail_staged(self, rank: int, count: int) -> dict[str, Any]:
+        """On that rank the `count`-th staged layer from now on fails to be post-processed, once."""
+        from checkpoint_engine.worker.vllm_stage import StagedLayer
+
+        real, left = StagedLayer._finish, count
+
+        def failing(layer: StagedLayer) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                StagedLayer._finish = real  # type: ignore[method-assign]
+                raise ValueError("out of order")
+            real(layer)
+
+        if self.rank == rank:
+            StagedLayer._finish = failing  # type: ignore[method-assign]
+        return {}
+
     def testing_layout(self) -> dict[str, Any]:
         """Of every tensor of the model: shape, dtype, device, and where it lies."""
         model = self.model_runner.get_model()

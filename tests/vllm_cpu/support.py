@@ -103,8 +103,8 @@ INT8 = {
 }
 
 
-def quantized(checkpoint: Path, path: Path) -> Path:
-    """A copy of a checkpoint with its projections in int8, and a scale for each of their channels."""
+def quantized(checkpoint: Path, path: Path, scales: str = "bfloat16") -> Path:
+    """A copy of a checkpoint with its projections in int8, and a scale of that dtype for each of their channels."""
     import torch
 
     def quantize(tensors: dict[str, torch.Tensor]) -> None:
@@ -112,7 +112,7 @@ def quantized(checkpoint: Path, path: Path) -> Path:
             weight = tensors[name].float()
             scale = weight.abs().amax(1, keepdim=True) / 127
             tensors[name] = (weight / scale).round().to(torch.int8)
-            tensors[f"{name}_scale"] = scale.to(torch.bfloat16)
+            tensors[f"{name}_scale"] = scale.to(getattr(torch, scales))
 
     return configured(changed(checkpoint, path, quantize), quantization_config=INT8)
 
@@ -266,8 +266,10 @@ def rpc(address: str, method: str, *args: Any) -> Any:
     return json.loads(response.content)["results"]
 
 
-def run_update(rank: int, world_size: int, address: str, file: str, version: str, settings: dict[str, Any]) -> str | None:
-    """One rank's part of an update of the engine at `address`. Returns the error that it ended with."""
+def run_update(
+    rank: int, world_size: int, address: str, file: str, version: str, settings: dict[str, Any]
+) -> str | dict[str, Any]:
+    """One rank's part of an update of the engine at `address`. Returns the error that it ended with, or its report."""
     from checkpoint_engine.engines import request_for_rank
     from checkpoint_engine.errors import UpdateError
     from helpers.fleet import server
@@ -275,18 +277,24 @@ def run_update(rank: int, world_size: int, address: str, file: str, version: str
     with server(**{"timeout": SECONDS, "bucket_bytes": 128 << 10, **settings}) as ps, Vllm("http://vllm", uds=address) as engine:
         ps.register_checkpoint(version, files=[file], stripe=True)
         ps.gather_metas(version)
+        request = request_for_rank([engine], rank, world_size, version=version, seconds=SECONDS)
         try:
-            ps.update(version, request_for_rank([engine], rank, world_size, version=version, seconds=SECONDS), version=version)
+            return ps.update(version, request, version=version).to_dict()
         except UpdateError as e:
             return str(e)
-    return None
+
+
+def told(address: str, checkpoint: Path, version: str, ranks: int = 1, **settings: Any) -> list[str | dict[str, Any]]:
+    """What each rank's update ended with: its error, or its report."""
+    from helpers.ranks import run_ranks
+
+    return run_ranks(run_update, ranks, address, str(checkpoint / "model.safetensors"), version, settings, timeout=120.0)
 
 
 def update(address: str, checkpoint: Path, version: str, ranks: int = 1, **settings: Any) -> list[str | None]:
     """What each rank's update ended with: None, or its error."""
-    from helpers.ranks import run_ranks
-
-    return run_ranks(run_update, ranks, address, str(checkpoint / "model.safetensors"), version, settings, timeout=120.0)
+    ended = told(address, checkpoint, version, ranks, **settings)
+    return [one if isinstance(one, str) else None for one in ended]
 
 
 def changed(checkpoint: Path, path: Path, change: Any) -> Path:

@@ -141,8 +141,12 @@ def _quantized_is_refused(socket: str, checkpoint: Path) -> None:
     assert state.dirty
 
 
-def test_two_workers_fail_update_update(experts: list[Path], tmp_path: Path) -> None:
-    """Whatever an update fails of, the model is whole again, both workers answer in turn, and the next update heals it."""
+def test_two_workers_fail_update_update(experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an update fails of, the model is whole again, both workers answer in turn, and the next update heals it.
+
+    By vLLM's loader in every update: test_vllm_recorded does the same to load plans.
+    """
+    monkeypatch.setenv("CHECKPOINT_ENGINE_RECORDED_LOADS", "off")
     with vllm_beside(experts, NO_WORDS, tensor_parallel=2) as (socket, expected):
         assert expected[0] != expected[1]
         layout = rpc(socket, "testing_layout")

@@ -35,7 +35,10 @@ def describe(plan: LoadPlan) -> dict[str, Any]:
         "model": plan.model,
         "checkpoint": plan.checkpoint,
         "replayed": {"tensors": len(plan.planned), "nbytes": plan.nbytes, "copies": copies},
-        "storages": [{"names": list(storage.names), "nbytes": storage.nbytes} for storage in plan.storages],
+        "storages": [
+            {"names": list(storage.names), "nbytes": storage.nbytes, "staged": storage.slot is not None}
+            for storage in plan.storages
+        ],
         "tensors": [
             {
                 "name": tensor.name,

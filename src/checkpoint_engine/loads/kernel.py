@@ -9,7 +9,7 @@ import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-from checkpoint_engine.loads.moves import MAX_DIMS, Move
+from checkpoint_engine.loads.moves import MAX_DIMS, Move, Storages
 
 BLOCK = 1024
 """Units (16 bytes, or what the alignment allows) that a program moves at a time."""
@@ -23,9 +23,9 @@ _MAX_UNITS = (1 << 31) - BLOCK
 class Gather:
     """Descriptors of one bucket, on the device once they have been used. Ran on the current stream."""
 
-    def __init__(self, found: Sequence[Move], storages: Sequence[torch.Tensor]) -> None:
+    def __init__(self, found: Sequence[Move], storages: Storages) -> None:
         self._moves, self._storages = found, storages
-        self._device = storages[0].device
+        self._device = storages[found[0].storage].device if found else torch.device("cpu")
         self._made_for: tuple[int, ...] | None = None
         self._bases: tuple[int, ...] = ()
 

@@ -63,7 +63,7 @@ class Model:
         """Of a module's parameters and buffers; its expert maps are found by their names, others are passed as `maps`."""
         tensors: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
         tensors.update(module.named_buffers(remove_duplicate=False))
-        return cls(tensors, {**_expert_maps(module), **(maps or {})})
+        return cls(tensors, {**expert_maps(module), **(maps or {})})
 
     def _add(self, group: list[_Span]) -> None:
         number, low, high = len(self.bytes), min(span[1] for span in group), max(span[2] for span in group)
@@ -119,7 +119,8 @@ def _let_go(_: list[torch.Tensor]) -> None:
     """Called when the memory is no longer needed; until then the partial holds it."""
 
 
-def _expert_maps(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def expert_maps(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors anywhere in it whose names say that their values decide which weights go where."""
     found: dict[str, torch.Tensor] = {}
     for path, child in module.named_modules():
         attributes: Iterable[tuple[str, object]] = {**vars(child), **child._buffers, **child._parameters}.items()

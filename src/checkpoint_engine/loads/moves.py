@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+import torch
 
 from checkpoint_engine.loads.plan import LoadPlan
 
@@ -14,6 +16,8 @@ MAX_DIMS = 3
 
 
 MAX_TURNS = 4
+Storages = Sequence[torch.Tensor] | Mapping[int, torch.Tensor]
+"""Bytes of storages, by their numbers in a plan."""
 
 
 class Source(NamedTuple):

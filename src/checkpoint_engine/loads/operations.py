@@ -34,7 +34,7 @@ views copy (reshape)."""
 
 
 class Operations:
-    """Follows the storages of one recording. handlers: what to do after an operation; None: nothing, it is
+    """Follows the storages of one recording, by `spots`. handlers: what to do after an operation; None: nothing, it is
     a view; COMPOSITE: to be taken apart.
 
     Taints are sets of sources (numbers >= 0) and of the model's storages (~number).
@@ -44,7 +44,7 @@ class Operations:
         self._seen = observed
         self._call = -1
         self._stale = False
-        self._spots = Spots(model)
+        self._spots = self.spots = Spots(model)
         self.failure: str | None = None
         self.handlers: dict[Any, Any] = {}  # None, COMPOSITE or a Handler
         self._special: dict[str, Handler] = {

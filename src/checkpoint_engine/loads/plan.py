@@ -69,11 +69,26 @@ class LoadersTensor(msgspec.Struct, frozen=True, array_like=True):
     writes: tuple[Place, ...] = ()
 
 
+class Slot(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor that the engine makes anew in every pass, to post-process what was loaded there: `name` of layer `layer`.
+
+    It begins with its storage; strides in elements.
+    """
+
+    layer: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
 class Storage(msgspec.Struct, frozen=True, array_like=True):
-    """A storage of the model: its size, and the parameters and buffers that lie in it."""
+    """A storage of the model: its size, and the parameters and buffers that lie in it. slot: it is that tensor's, and there for
+    a part of a pass only."""
 
     nbytes: int
     names: tuple[str, ...]
+    slot: Slot | None = None
 
 
 class LoadPlan(msgspec.Struct, frozen=True, dict=True, tag_field="load_plan", tag=FORMAT):
@@ -81,7 +96,9 @@ class LoadPlan(msgspec.Struct, frozen=True, dict=True, tag_field="load_plan", ta
 
     model       `Model.fingerprint` of the model it was recorded on
     checkpoint  `checkpoint_fingerprint` of the buckets it was recorded with
-    planned     no byte of the model is written twice by these, nor by any of `loader`
+    storages    the model's own come first, slots follow
+    planned     no byte of the model is written twice by these, nor by any of `loader`; all that goes into slots of one layer
+                is planned, or none of it
     """
 
     model: str
@@ -98,6 +115,40 @@ class LoadPlan(msgspec.Struct, frozen=True, dict=True, tag_field="load_plan", ta
     def nbytes(self) -> int:
         """Bytes that a replay writes."""
         return sum(copy.nbytes for tensor in self.planned for copy in tensor.copies)
+
+    @cached_property
+    def held(self) -> tuple[Storage, ...]:
+        """The model's own storages, which are there all the time."""
+        return tuple(storage for storage in self.storages if storage.slot is None)
+
+    @cached_property
+    def layers(self) -> dict[str, dict[str, int]]:
+        """Of every layer with slots: their names, and their numbers among the storages."""
+        found: dict[str, dict[str, int]] = {}
+        for number, storage in enumerate(self.storages):
+            if storage.slot is not None:
+                found.setdefault(storage.slot.layer, {})[storage.slot.name] = number
+        return found
+
+    @cached_property
+    def written(self) -> dict[int, list[Copy | Place]]:
+        """Of every storage: where anything is known to be written, by a replay or by the loader."""
+        found: dict[int, list[Copy | Place]] = {number: [] for number in range(len(self.storages))}
+        for tensor in self.planned:
+            for copy in tensor.copies:
+                found[copy.storage].append(copy)
+        for left in self.loader:
+            for place in left.writes:
+                found[place.storage].append(place)
+        return found
+
+    @cached_property
+    def covered(self) -> frozenset[int]:
+        """Numbers of storages of which a replay writes every byte."""
+        nbytes = dict.fromkeys(range(len(self.storages)), 0)
+        for copy in (copy for tensor in self.planned for copy in tensor.copies):
+            nbytes[copy.storage] += copy.nbytes
+        return frozenset(number for number, storage in enumerate(self.storages) if nbytes[number] == storage.nbytes)
 
     @cached_property
     def digest(self) -> str:
@@ -144,6 +195,8 @@ class LoadPlan(msgspec.Struct, frozen=True, dict=True, tag_field="load_plan", ta
 
     def check(self) -> None:
         """Raises LoadPlanError when a copy reads outside of its tensor or writes outside of its storage."""
+        if self.storages[: len(self.held)] != self.held:
+            raise LoadPlanError("a slot comes before the model's own storages")
         for tensor in self.planned:
             if tensor.dtype not in ITEMSIZE or any(n < 0 for n in tensor.shape):
                 raise LoadPlanError(f"no dtype {tensor.dtype!r}, or no shape {tensor.shape}", tensor.name)

@@ -19,6 +19,7 @@ from checkpoint_engine.loads.observed import Observed, Source
 from checkpoint_engine.loads.operations import COMPOSITE, Operations, dtype_name
 from checkpoint_engine.loads.plan import LoadPlan
 from checkpoint_engine.loads.resolve import resolve
+from checkpoint_engine.loads.staging import RecordedSlots
 from checkpoint_engine.manifest import ITEMSIZE
 
 Weights = Sequence[tuple[str, torch.Tensor]]
@@ -35,6 +36,7 @@ class Recorder:
 
     It sees what goes through torch's dispatcher in the calling thread. What it cannot see (a loader's threads, numpy, a library
     of kernels) is found by digests of the model before and after, if it changed anything, and by `proof`.
+    slots: to be told of layers that are staged meanwhile.
     """
 
     def __init__(self, model: Model) -> None:
@@ -44,6 +46,7 @@ class Recorder:
         self._numbers: dict[str, int] = {}
         self._calls = itertools.count()
         self._operations = Operations(model, self._observed)
+        self.slots = RecordedSlots(len(model.bytes), self._operations.spots)
         self._unreleased: set[int] = set()
         self._kept: set[int] = set()
 
@@ -70,27 +73,28 @@ class Recorder:
         self._observed.business(tuple(self._unreleased), "its loader keeps it between calls")
         self._operations.end()
 
-    def finish(self, model: Model, checkpoint: str) -> LoadPlan:
-        """The plan. model: made anew; checkpoint: fingerprint of the buckets that `load` got.
+    def finish(self, model: Model, checkpoint: str, replaced: frozenset[str] = frozenset()) -> LoadPlan:
+        """The plan. model: made anew; checkpoint: fingerprint of the buckets that `load` got; replaced: names of tensors that are
+        written when a staged layer is post-processed.
 
         Raises LoadPlanError when something moved meanwhile, or the recorder failed.
         """
-        if self._operations.failure is not None:
-            raise LoadPlanError(f"the recorder failed: {self._operations.failure}")
+        if (failure := self._operations.failure or self.slots.failure) is not None:
+            raise LoadPlanError(f"the recorder failed: {failure}")
         if model.fingerprint != self._model.fingerprint:
             raise LoadPlanError("the loader replaced parameters, or changed expert maps, instead of writing into them")
-        if unseen := self._changed_unseen():
+        if unseen := self._changed_unseen(replaced):
             raise LoadPlanError(f"{', '.join(unseen)} changed, and the recorder did not see how")
-        return resolve(self._observed, model, checkpoint)
+        return resolve(self._observed, model, checkpoint, self.slots.storages)
 
-    def _changed_unseen(self) -> list[str]:
+    def _changed_unseen(self, replaced: frozenset[str]) -> list[str]:
         """Parameters and buffers in storages that have other bytes than before, though nothing was seen to write there."""
         seen = {copy.storage for source in self._observed.sources for copy in source.copies}
         seen |= {write.place.storage for write in self._observed.unexplained}
         after = storage_digests(self._model.bytes)
         changed = {n for n, (x, y) in enumerate(zip(self._before, after, strict=True)) if x != y}
-        storages = self._model.storages
-        return [name for number in sorted(changed - seen) for name in storages[number].names]
+        names = [self._model.storages[number].names for number in sorted(changed - seen)]
+        return [name for mine in names if not replaced.issuperset(mine) for name in mine]
 
     def _adopt(self, name: str, tensor: torch.Tensor, call: int) -> torch.Tensor:
         """The tensor in a storage of its own, so that views of it can be told from others', and its end noticed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -11,8 +11,8 @@ import torch
 from checkpoint_engine.errors import LoadPlanError
 from checkpoint_engine.loads.geometry import extent
 from checkpoint_engine.loads.model import Model
-from checkpoint_engine.loads.moves import MAX_DIMS, Move, Source, moves
-from checkpoint_engine.loads.plan import LoadPlan
+from checkpoint_engine.loads.moves import MAX_DIMS, Move, Source, Storages, moves
+from checkpoint_engine.loads.plan import LoadPlan, PlannedTensor
 
 _UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -24,10 +24,11 @@ class Way(Protocol):
 
 
 class Prepared:
-    """A bucket that can be replayed any number of times. rest: names of its tensors that the loader must get."""
+    """A bucket that can be replayed any number of times. rest: names of its tensors that the loader must get. staged: what goes
+    into slots, and is left to the caller; layers in the order of their first tensors."""
 
-    def __init__(self, found: list[Move], rest: list[str], way: Way) -> None:
-        self.moves, self.rest, self._way = found, rest, way
+    def __init__(self, found: list[Move], rest: list[str], way: Way, staged: Sequence[StagedMoves] = ()) -> None:
+        self.moves, self.rest, self._way, self.staged = found, rest, way, tuple(staged)
         self.nbytes = sum(move.nbytes for move in found)
         self._reach: dict[int, int] = {}
         for move in found:
@@ -47,6 +48,19 @@ class Prepared:
         self._way.run(memories)
 
 
+class StagedMoves:
+    """Of one bucket, what goes into slots of one layer. names: of these slots."""
+
+    def __init__(self, plan: LoadPlan, layer: str, found: list[Move], *, kernel: bool) -> None:
+        self.layer, self.moves, self._kernel = layer, found, kernel
+        numbers = {move.storage for move in found}
+        self.names = tuple(name for name, number in plan.layers[layer].items() if number in numbers)
+
+    def replay(self, slots: Mapping[int, torch.Tensor], memories: Sequence[torch.Tensor]) -> None:
+        """As Prepared.replay. slots: the bytes of each slot of the layer, by its number among the plan's storages."""
+        Prepared(self.moves, [], _way(self.moves, slots, kernel=self._kernel)).replay(memories)
+
+
 class Replayer:
     """Replays `plan` on `model`, made anew of the model as it is now.
 
@@ -56,7 +70,7 @@ class Replayer:
     def __init__(self, plan: LoadPlan, model: Model) -> None:
         if (reason := plan.stale(model.fingerprint, plan.checkpoint)) is not None:
             raise LoadPlanError(reason)
-        if plan.storages != model.storages:
+        if plan.held != model.storages:
             raise LoadPlanError("its storages are not the model's")
         plan.check()
         self.plan, self._model = plan, model
@@ -70,18 +84,33 @@ class Replayer:
         for tensor in planned:
             if by_name[tensor.name].offset < 0 or by_name[tensor.name].memory < 0:
                 raise LoadPlanError("it lies before the start of its memory", tensor.name)
-        found = moves(self.plan, [by_name[t.name] for t in planned], MAX_DIMS if self._kernel else None)
-        if self._kernel:
-            from checkpoint_engine.loads.kernel import Gather
+        held: list[Move] = []
+        staged: dict[str, list[Move]] = {layer: [] for layer in self._layers(planned)}
+        for move in moves(self.plan, [by_name[t.name] for t in planned], MAX_DIMS if self._kernel else None):
+            slot = self.plan.storages[move.storage].slot
+            (held if slot is None else staged[slot.layer]).append(move)
+        found = [StagedMoves(self.plan, layer, mine, kernel=self._kernel) for layer, mine in staged.items()]
+        return Prepared(held, rest, _way(held, self._model.bytes, kernel=self._kernel), found)
 
-            return Prepared(found, rest, Gather(found, self._model.bytes))
-        return Prepared(found, rest, Copies(found, self._model.bytes))
+    def _layers(self, planned: Iterable[PlannedTensor]) -> list[str]:
+        """Staged layers that these tensors go to, in their order."""
+        slots = (self.plan.storages[copy.storage].slot for tensor in planned for copy in tensor.copies)
+        return list(dict.fromkeys(slot.layer for slot in slots if slot is not None))
+
+
+def _way(found: list[Move], storages: Storages, *, kernel: bool) -> Way:
+    """Raises ImportError where the kernel needs Triton, and there is none."""
+    if kernel:
+        from checkpoint_engine.loads.kernel import Gather
+
+        return Gather(found, storages)
+    return Copies(found, storages)
 
 
 class Copies:
     """Plain copies, one for each move. Views of the model are kept; of the memories nothing is, so that they can go."""
 
-    def __init__(self, found: list[Move], storages: Sequence[torch.Tensor]) -> None:
+    def __init__(self, found: list[Move], storages: Storages) -> None:
         self._moves, self._storages = found, storages
         self._made_for: tuple[int, ...] | None = None
         self._targets: list[tuple[int, torch.Tensor]] = []  # with the bytes of a unit

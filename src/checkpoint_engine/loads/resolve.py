@@ -14,9 +14,10 @@ CONSTANT = frozenset({"fill_", "zero_"})
 TWICE = "the same bytes of the model are written more than once"
 
 
-def resolve(seen: Observed, model: Model, checkpoint: str) -> LoadPlan:
-    """The plan of `seen` on `model`, for the checkpoint of this fingerprint. Nothing in it writes a byte twice."""
-    storages = model.storages
+def resolve(seen: Observed, model: Model, checkpoint: str, slots: Sequence[Storage] = ()) -> LoadPlan:
+    """The plan of `seen` on `model`, for the checkpoint of this fingerprint. Nothing in it writes a byte twice. slots: storages
+    that were there for a while, whose numbers follow the model's."""
+    storages = (*model.storages, *slots)
     _Rules(seen, storages).apply()
     planned: list[PlannedTensor] = []
     left: dict[str, LoadersTensor] = {}
@@ -50,6 +51,7 @@ class _Rules:
         self._seen, self._storages = seen, storages
         self._writers: dict[int, set[int]] = collections.defaultdict(set)
         self._modules: dict[str, set[int]] = collections.defaultdict(set)
+        self._layers: dict[str, set[int]] = collections.defaultdict(set)
         for number, source in enumerate(seen.sources):
             for storage in {copy.storage for copy in source.copies}:
                 self._writers[storage].add(number)
@@ -58,6 +60,8 @@ class _Rules:
         for number, held in enumerate(storages):
             for module in _modules_of(held):
                 self._modules[module].add(number)
+            if held.slot is not None:
+                self._layers[held.slot.layer].add(number)
 
     def apply(self) -> None:
         for write in self._seen.unexplained:
@@ -68,7 +72,11 @@ class _Rules:
         self._written_twice()
         changed = True
         while changed:
-            changed = any(self._couple(together) for together in self._seen.coupled)
+            changed = any(self._couple(together) for together in (*self._seen.coupled, *self._staged()))
+
+    def _staged(self) -> list[set[int]]:
+        """Of every staged layer, the sources that go there: it is post-processed when all have come, by one way."""
+        return [set().union(*(self._writers[number] for number in numbers)) for numbers in self._layers.values()]
 
     def _void(self, write: Unexplained) -> None:
         """Nothing of the checkpoint is known to be in what was written: it belongs to whatever is loaded into the same storage,

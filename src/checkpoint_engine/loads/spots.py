@@ -43,6 +43,14 @@ class Spots:
         self._sources: dict[int, int] = {}
         self._addresses: list[tuple[int, int, int]] = []
         self._own: dict[int, _Own] = {}
+        self._slots: dict[int, int] = {}
+
+    def bind(self, key: int, number: int) -> None:
+        """The storage of this key is the model's number `number`, until `unbind`; it must not go before."""
+        self._slots[key] = number
+
+    def unbind(self, key: int) -> None:
+        self._slots.pop(key, None)
 
     def begin(self, sources: Iterable[tuple[int, torch.Tensor]]) -> None:
         """A call with these sources begins, numbers and tensors; all have storages of their own."""
@@ -66,6 +74,7 @@ class Spots:
     def forget(self) -> None:
         self._sources.clear()
         self._own.clear()
+        self._slots.clear()
 
     def of(self, tensor: torch.Tensor) -> Spot | None:
         """None for a tensor without bytes of its own. Memory that was never seen is the loader's, from before."""
@@ -80,6 +89,8 @@ class Spots:
             return Spot(SOURCE, number, offset)
         if (found := self._model.by_key.get(key)) is not None:
             return Spot(MODEL, found[0], found[1] + offset)
+        if (slot := self._slots.get(key)) is not None:
+            return Spot(MODEL, slot, offset)
         if (own := self._own.get(key)) is not None:
             return Spot(TRACED, key, offset, own.traced, own.foreign)
         return self._by_address(tensor) or self._add(tensor, offset, foreign=True)
@@ -89,7 +100,7 @@ class Spots:
         if not tensor.numel():
             return None
         key = storage_key(tensor)
-        known = key in self._sources or key in self._model.by_key or key in self._own
+        known = key in self._sources or key in self._model.by_key or key in self._slots or key in self._own
         return None if known else self._add(tensor, 0, foreign=False)
 
     def _add(self, tensor: torch.Tensor, offset: int, *, foreign: bool) -> Spot:

@@ -11,7 +11,7 @@ import torch
 
 from checkpoint_engine.loads.model import Model
 from checkpoint_engine.loads.moves import Source
-from checkpoint_engine.loads.plan import LoadPlan
+from checkpoint_engine.loads.plan import LoadPlan, checkpoint_fingerprint
 from checkpoint_engine.loads.replay import Prepared, Replayer
 from checkpoint_engine.planning.slices import Taken
 from checkpoint_engine.transport.messages import Table
@@ -21,6 +21,19 @@ KEPT_PLANS = 4
 """Checkpoints (by the tensors' names, shapes and buckets) that are remembered of one model."""
 KEPT_LAYOUTS = 2
 """Of a plan: places where a checkpoint's tensors have lain (the ring, regions). On a GPU each takes 8 bytes for every 16 KiB."""
+
+
+KEPT_FINGERPRINTS = 8
+_fingerprints: collections.OrderedDict[str, str] = collections.OrderedDict()  # by the digest of a plan's tables
+
+
+def checkpoint_of(layout: str, tables: Sequence[Table]) -> str:
+    """The checkpoint's fingerprint. layout: what `tables` are kept under."""
+    if layout not in _fingerprints:
+        _fingerprints[layout] = checkpoint_fingerprint([[(i.name, i.dtype, i.shape) for i in t.items] for t in tables])
+        while len(_fingerprints) > KEPT_FINGERPRINTS:
+            _fingerprints.popitem(last=False)
+    return _fingerprints[layout]
 
 
 class PreparedBucket(NamedTuple):
@@ -41,10 +54,12 @@ class Runnable:
     """
 
     def __init__(self, plan: LoadPlan, model: Model) -> None:
-        """Raises LoadPlanError."""
+        """Raises LoadPlanError. written: the first tensor of each storage that a replay writes."""
         self.plan, self._model = plan, model.unheld()
         self._replayer = Replayer(plan, self._model)
         self.taken, self.taken_name = Taken(()), ""
+        into = {copy.storage for tensor in plan.planned for copy in tensor.copies}
+        self.written = frozenset(plan.storages[number].names[0] for number in into)
         self._layouts: collections.OrderedDict[str, tuple[PreparedBucket, ...]] = collections.OrderedDict()
 
     def buckets(self, layout: str, tables: Sequence[Table]) -> tuple[PreparedBucket, ...]:

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import enum
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 
 from checkpoint_engine.devices.base import Device
 from checkpoint_engine.errors import said
-from checkpoint_engine.loads.plan import LoadPlan, checkpoint_fingerprint
+from checkpoint_engine.loads.plan import LoadPlan
 from checkpoint_engine.loads.proof import Proof
 from checkpoint_engine.loads.recordable import Recordable
 from checkpoint_engine.loads.recorder import Recorder
+from checkpoint_engine.loads.staging import BlankSlots, Listener
 from checkpoint_engine.planning.sharing import pack_bits
 from checkpoint_engine.transport.messages import Table
-from checkpoint_engine.worker.plans import Kept, PreparedBucket, Runnable, drop, keep, lookup, trusted
+from checkpoint_engine.worker.plans import Kept, PreparedBucket, Runnable, checkpoint_of, drop, keep, lookup, trusted
+from checkpoint_engine.worker.staged import StagedLayers
 from checkpoint_engine.worker.views import Views
 
 log = logging.getLogger(__name__)
 LoadWeights = Callable[[list[tuple[str, torch.Tensor]]], None]
-KEPT_FINGERPRINTS = 8
-_fingerprints: collections.OrderedDict[str, str] = collections.OrderedDict()  # by the digest of a plan's tables
 
 
 class Way(enum.Enum):
@@ -59,6 +58,9 @@ class Loads:
         self._recorder: Recorder | None = None
         self._plan: Runnable | None = None
         self._proof: Proof | None = None
+        self._staged: dict[int, int] = {}  # digests of slots, as recorded
+        self._slots: Listener | None = None
+        self._stages = StagedLayers(engine)
         self._buckets: tuple[PreparedBucket, ...] = ()
         self._broken: str | None = None  # why the plan cannot go on: what comes is let pass, and comes again
         self._lacking = False  # so it is, too, when what does not come is needed; that says nothing against the plan
@@ -76,17 +78,18 @@ class Loads:
             return
         if engine.begins is not None:
             engine.begins()
-        proving, self.way = self.way is Way.RECORD and not self._over, Way.LOADER
-        if self._over:
-            return
-        with self._never_failing("its load plan was not used"):
-            self._checkpoint = _fingerprint(layout, tables)
-            if absent:
-                self._choose_sparse(engine)
-            elif proving:
-                self._begin_proof(engine)
-            else:
-                self._choose(engine)
+        proving, self.way, self._slots = self.way is Way.RECORD and not self._over, Way.LOADER, None
+        if not self._over:
+            with self._never_failing("its load plan was not used"):
+                self._checkpoint = checkpoint_of(layout, tables)
+                if absent:
+                    self._choose_sparse(engine)
+                elif proving:
+                    self._begin_proof(engine)
+                else:
+                    self._choose(engine)
+        replayed = self.way in (Way.PROVE, Way.REPLAY)
+        self._stages.begin(self._slots, self._plan if replayed else None, self._buckets)
 
     def _choose_sparse(self, engine: Recordable) -> None:
         """What comes is enough for a replay that takes nothing of what does not. For anything else all must come."""
@@ -105,6 +108,7 @@ class Loads:
         kept = lookup(engine.module, model.fingerprint, self._checkpoint)
         if kept is None:
             self._recorder = Recorder(model)
+            self._slots = self._recorder.slots
             self.way = Way.RECORD
             self._spend("record", start)
         elif kept.plan is None:
@@ -114,6 +118,7 @@ class Loads:
 
     def _trust(self, plan: Runnable, start: float) -> None:
         self._plan, self._buckets = plan, plan.buckets(self._layout, self._tables)
+        self._slots = BlankSlots(plan.plan)
         self.way = Way.REPLAY
         self._spend("replay", start)
 
@@ -126,7 +131,8 @@ class Loads:
             self._refuse(reason)
             return
         self._buckets = self._plan.buckets(self._layout, self._tables)
-        self._proof = Proof(self._plan.plan, model)
+        self._proof = Proof(self._plan.plan, model, self._staged)
+        self._slots = self._proof.slots
         self.way = Way.PROVE  # from here on only a complete pass makes the model whole
         self._proof.poison()
         self._spend("prove", start)
@@ -157,6 +163,7 @@ class Loads:
         self._tell(bucket)
         try:
             bucket.prepared.replay(views.memories)
+            self._stages.replay(bucket, views.memories)
         except Exception as e:  # of any kind: the loader can do without it
             self._broken = f"a replay failed: {said(e)}"
         self._spend("replay" if self.way is Way.REPLAY else "prove", start)
@@ -180,30 +187,37 @@ class Loads:
         if self._broken is None:
             for number in self._absent:  # nothing is taken of their tensors, as of others that came
                 self._tell(self._buckets[number])
+        self._broken = self._broken or self._stages.lacking
+        if self._broken is None and self.way is Way.REPLAY and self._slots is not None:
+            self._broken = self._slots.failure
         if self._broken is None and self.way is Way.RECORD:
             return self._end_recording()
         if self._broken is None and self.way is Way.PROVE:
             start = time.perf_counter()
             with self._never_failing("its load plan could not be proved"):
+                self._stages.settle()
                 self._device.synchronize()
                 if self._proof is not None and (differing := self._proof.differing()):
                     self._broken = self._proof.summary(differing)
             self._spend("prove", start)
         if self._broken is None:
             return False
+        self._stages.abandon()
         self._refuse(self._broken)
         self._over = True
         return True
 
     def _end_recording(self) -> bool:
         start = time.perf_counter()
+        self._stages.settle()  # outside of what follows: an incomplete checkpoint ends the update
         recorder, self._recorder = self._recorder, None
         if recorder is None or self._engine is None:
             return False
         with recorder, self._never_failing("its loader cannot be recorded"):
             self._device.synchronize()
             model = self._engine.model()
-            plan: LoadPlan = recorder.finish(model, self._checkpoint)
+            plan: LoadPlan = recorder.finish(model, self._checkpoint, self._stages.replaced)
+            self._staged = recorder.slots.digests
             if (useless := plan.useless()) is not None:
                 self._refuse(useless)
             else:
@@ -281,11 +295,3 @@ class Loads:
 
     def _spend(self, stage: str, start: float) -> None:
         self.spent[stage] = self.spent.get(stage, 0.0) + time.perf_counter() - start
-
-
-def _fingerprint(layout: str, tables: Sequence[Table]) -> str:
-    if layout not in _fingerprints:
-        _fingerprints[layout] = checkpoint_fingerprint([[(i.name, i.dtype, i.shape) for i in t.items] for t in tables])
-        while len(_fingerprints) > KEPT_FINGERPRINTS:
-            _fingerprints.popitem(last=False)
-    return _fingerprints[layout]

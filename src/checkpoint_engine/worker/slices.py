@@ -61,6 +61,8 @@ def _part(plan: LoadPlan, name: str, nbytes: int) -> tuple[Slice, ...] | None:
     copies = plan.by_name[name].copies
     if nbytes < SMALL_BYTES or len(copies) > MAX_SLICES:
         return None
+    if any(plan.storages[copy.storage].slot is not None for copy in copies):
+        return None  # gone, or post-processed, by the time that a thread would sum it up
     return tuple(Slice(c.source, c.run, c.sizes, c.source_strides) for c in copies)
 
 

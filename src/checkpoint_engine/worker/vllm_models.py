@@ -7,7 +7,7 @@ as `draft.` + their name, and only those.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -15,8 +15,11 @@ from typing import Any
 import torch
 
 from checkpoint_engine.errors import TensorError
+from checkpoint_engine.loads.model import Model
 from checkpoint_engine.loads.recordable import Recordable
+from checkpoint_engine.loads.staging import Listener
 from checkpoint_engine.worker.vllm_reload import MissingWeightsError, Reload
+from checkpoint_engine.worker.vllm_stage import StagedLayer
 
 DRAFT = "draft."
 Weights = list[tuple[str, torch.Tensor]]
@@ -32,12 +35,14 @@ class Models:
         target, draft = worker.model_runner.get_model(), draft_of(worker.model_runner)
         speculative = getattr(worker.vllm_config, "speculative_config", None)
         config = getattr(speculative, "draft_model_config", None)
-        self._module, self._alone = target, draft is None
+        self._module = target
         self._target = Reload(target, worker.model_config)
-        self._draft = Reload(draft, config, other=target) if draft is not None and config is not None else None
+        self._draft = Reload(draft, config, other=target, label=DRAFT) if draft is not None and config is not None else None
         self._together = config is not None and config.model == worker.model_config.model
         self._dtype: torch.dtype = worker.model_config.dtype
         self._begun: list[Reload] = []
+        self._listener: Listener | None = None
+        self._replayed: list[Reload] = []
 
     def load(self, weights: Weights) -> None:
         """As Reload.load. Raises TensorError for a draft's tensor where there is no draft."""
@@ -50,19 +55,76 @@ class Models:
             if self._draft is not None and (drafts or (own and self._together)):
                 self._load(self._draft, [*(own if self._together else []), *drafts])
 
+    # --- what load plans ask for ---------------------------------------------------------------------------------------------
+
     @property
-    def recordable(self) -> Recordable | None:
-        """The model, if loads into it may be recorded: it has no draft, and post-processing changes none of its layers."""
-        return Recordable(self._module, replaying=self._replaying) if self._alone and self._target.bare else None
+    def recordable(self) -> Recordable:
+        """Target and draft as one model, into which loads may be recorded."""
+        return Recordable(self._module, begins=self.abandon, replaying=self._replaying, stages=self, look=self._look)
+
+    def _look(self) -> Model:
+        tensors, maps = self._target.tensors(), self._target.maps()
+        if self._draft is not None:
+            tensors, maps = {**tensors, **self._draft.tensors()}, {**maps, **self._draft.maps()}
+        return Model(tensors, maps)
+
+    def abandon(self) -> None:
+        """As Stages.abandon. What comes next begins with the checkpoint's first tensor."""
+        for model in self._begun:
+            model.again()
+        self._begun.clear()
+
+    def listen(self, listener: Listener | None, written: frozenset[str]) -> None:
+        """As Stages.listen, before anything is loaded in the pass."""
+        self._listener = listener
+        self._replayed = [self._target] if any(not name.startswith(DRAFT) for name in written) else []
+        if self._draft is not None and any(name.startswith(DRAFT) for name in written):
+            self._replayed.append(self._draft)
 
     def _replaying(self, names: Sequence[str]) -> None:
-        self._begin(self._target)
-        self._target.replaying(names)
+        for model in self._replayed:
+            self._begin(model)
+            model.replaying(names)
+
+    def _staged(self, layer: str) -> StagedLayer:
+        draft = self._draft is not None and layer.startswith(DRAFT)
+        return (self._draft if draft and self._draft is not None else self._target).staged(layer)
+
+    def open(self, layer: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """As Stages.open."""
+        return self._staged(layer).open(names)
+
+    def finish_layer(self, layer: str) -> None:
+        """As Stages.finish_layer."""
+        with default_dtype(self._dtype):
+            self._staged(layer).finish()
+
+    def settle(self) -> None:
+        """As Stages.settle."""
+        with default_dtype(self._dtype):
+            for model in self._filled():
+                model.settle()
+
+    @property
+    def replaced(self) -> frozenset[str]:
+        """As Stages.replaced."""
+        return frozenset(name for model in self._begun for name in model.replaced)
+
+    # -------------------------------------------------------------------------------------------------------------------------
 
     def _begin(self, model: Reload) -> None:
         if model not in self._begun:
             self._begun.append(model)
-            model.begin()
+            with default_dtype(self._dtype):
+                model.begin(self._listener)
+
+    def _filled(self) -> list[Reload]:
+        """Models that anything was sent for. The others are put back as they were."""
+        filled = [model for model in self._begun if model is self._target or model.touched]
+        for model in self._begun:
+            if model not in filled:
+                model.abort()
+        return filled
 
     def _load(self, model: Reload, weights: Weights) -> None:
         self._begin(model)
@@ -73,11 +135,8 @@ class Models:
         if not self._begun:
             raise MissingWeightsError("the checkpoint is empty")
         with default_dtype(self._dtype):
-            for model in self._begun:
-                if model is self._target or model.touched:
-                    model.finish()
-                else:
-                    model.abort()
+            for model in self._filled():
+                model.finish()
 
     def abort(self) -> None:
         """As Reload.abort."""

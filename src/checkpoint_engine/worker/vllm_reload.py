@@ -9,8 +9,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from checkpoint_engine.errors import SettingsError, TensorError
+from checkpoint_engine.loads.model import expert_maps
+from checkpoint_engine.loads.staging import Listener
+from checkpoint_engine.worker.vllm_attention import drop_scales, has_scales, is_attention, scale_parameters
 from checkpoint_engine.worker.vllm_layers import LayerFacts, Way, choose_way
 from checkpoint_engine.worker.vllm_parts import WatchedLayer, has_parts, muted
 from checkpoint_engine.worker.vllm_stage import Held, Internals, StagedLayer, own_tensors
@@ -33,17 +37,23 @@ class Reload:
     All under vLLM's current configuration and torch.no_grad(), as vLLM loads weights itself. After `abort`, which may follow
     anything, the model is whole again (a mixture of old and new weights) and the next pass heals it.
 
+    label       begins the names of its layers in load plans
     other       a model that shares layers with this one and is loaded in the same pass: those are left to it, and
                 what this one's checkpoint has for them is dropped, as vLLM does when it starts
     peak_bytes  the most memory that staged layers held at once, bytes
     ways        how many layers went which way
     """
 
-    def __init__(self, model: torch.nn.Module, model_config: Any, other: torch.nn.Module | None = None) -> None:
-        self._model, self._config = model, model_config
+    def __init__(self, model: torch.nn.Module, model_config: Any, other: torch.nn.Module | None = None, label: str = "") -> None:
+        self._model, self._config, self.label = model, model_config, label
         self._others = frozenset(other.modules()) if other is not None else frozenset()
         self._shared = [module for module in model.modules() if module in self._others]
+        self._held = Held()
+        self._clear()
+
+    def _clear(self) -> None:
         self._staged: list[StagedLayer] = []
+        self._labels: dict[str, StagedLayer] = {}
         self._watched: list[WatchedLayer] = []
         self._refreshed: list[torch.nn.Module] = []
         self._scales: list[torch.nn.Module] = []
@@ -51,16 +61,20 @@ class Reload:
         self._loaded: set[str] | None = set()
         self._sent: set[str] = set()
         self._replayed: set[str] = set()
-        self._held = Held()
+        self._replayed_into = self._settled = False
         self.ways: Counter[str] = Counter()
 
     @property
     def peak_bytes(self) -> int:
         return self._held.peak
 
-    def begin(self) -> None:
-        """Raises SettingsError when a layer needs more than bare loading and this version of vLLM is not known."""
-        self._set_up()
+    def begin(self, listener: Listener | None = None) -> None:
+        """listener: is told of staged layers.
+
+        Raises SettingsError when a layer needs more than bare loading and this version of vLLM is not known.
+        """
+        with _disable_current_modes():
+            self._set_up(listener)
         every = {name for name, parameter in self._model.named_parameters() if parameter.numel()}
         elsewhere = {layer.layer for layer in self._staged} | self._others
         for prefix, module in self._model.named_modules():
@@ -68,7 +82,7 @@ class Reload:
                 every.difference_update(_names_of(prefix, own_tensors(module)))
         self._expected = every
 
-    def _set_up(self) -> None:
+    def _set_up(self, listener: Listener | None) -> None:
         internals: Internals | None = None
         for name, layer in list(self._model.named_modules()):
             if layer in self._others or not (own_tensors(layer) or is_attention(layer)):
@@ -77,7 +91,10 @@ class Reload:
             self.ways[way.value] += 1
             if way is Way.STAGE:
                 internals = internals or internals_of_this_version()
-                self._staged.append(StagedLayer(name, layer, internals, _calls.get(layer), self._held))
+                expected = _calls.get(layer) if listener is None else None  # a load plan leaves calls out
+                label = self.label + name
+                self._staged.append(StagedLayer(name, layer, internals, expected, self._held, listener, label))
+                self._labels[label] = self._staged[-1]
                 self._staged[-1].prepare()
                 continue
             if way is Way.REFRESH:
@@ -108,28 +125,51 @@ class Reload:
         elif self._loaded is not None:
             self._loaded.update(loaded)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All parameters and buffers as they serve, while no pass is under way. Not among them: what attention with scales has of
+        its own. Those, and what is derived of them, may be other tensors after every pass."""
+        scaled = [(name, layer) for name, layer in self._model.named_modules() if has_scales(layer)]
+        passing = {name for prefix, layer in scaled for name in _names_of(prefix, own_tensors(layer))}
+        mine = [*self._model.named_parameters(remove_duplicate=False), *self._model.named_buffers(remove_duplicate=False)]
+        return {self.label + name: tensor for name, tensor in mine if name not in passing}
+
+    def maps(self) -> dict[str, torch.Tensor]:
+        """Its expert maps."""
+        return {self.label + name: tensor for name, tensor in expert_maps(self._model).items()}
+
+    def staged(self, label: str) -> StagedLayer:
+        """Raises KeyError when no layer of this label is staged."""
+        return self._labels[label]
+
     @property
-    def bare(self) -> bool:
-        """Whether what its loaders write is what serves, in all layers: then their copies can be made without them."""
-        layers = [layer for layer in self._model.modules() if own_tensors(layer) or is_attention(layer)]
-        return all(choose_way(facts(layer))[0] is Way.BARE and not has_scales(layer) for layer in layers)
+    def replaced(self) -> frozenset[str]:
+        """Names of live tensors which post-processing of staged layers writes."""
+        return frozenset(name for layer in self._staged for name in _names_of(layer.label, layer.replaced))
 
     def replaying(self, names: Iterable[str]) -> None:
-        """Tensors that are put in place without `load`."""
+        """Tensors that are put in place without `load`, some of them here."""
         self._replayed.update(names)
+        self._replayed_into = True
 
     @property
     def touched(self) -> bool:
         """Whether anything was loaded that is not another model's."""
-        loaded = bool(self._loaded and self._loaded & self._expected)
+        loaded = self._replayed_into or bool(self._loaded and self._loaded & self._expected)
         return loaded or any(s.calls for s in self._staged) or any(w.parts.seen for w in self._watched)
 
-    def finish(self) -> None:
-        """Raises MissingWeightsError naming what nothing was sent for."""
+    def settle(self) -> None:
+        """All was sent: post-process staged layers that are not yet. Raises MissingWeightsError naming what was not sent."""
+        if self._settled:
+            return
         self._check_complete()
         for layer in self._staged:
             if not layer.done:  # padding is never loaded, so that its elements do not add up
                 layer.finish()
+        self._settled = True
+
+    def finish(self) -> None:
+        """As `settle`, and then what is derived from live tensors."""
+        self.settle()
         for module in self._refreshed:
             _method(module).process_weights_after_loading(module)
         for module in self._scales:
@@ -138,21 +178,22 @@ class Reload:
             if is_attention(module):
                 module.process_weights_after_loading(self._config.dtype)  # type: ignore[operator]
         for layer in self._staged:
-            _calls[layer.layer] = layer.calls
+            if not self._replayed:
+                _calls[layer.layer] = layer.calls
         _names[self._model] = frozenset(self._sent | self._replayed)
         self._stop_watching()
 
     def _check_complete(self) -> None:
-        if not self._replayed <= self._sent:
+        missing = [name for layer in self._staged if not (self._replayed and layer.done) for name in layer.missing]
+        if not self._replayed <= self._sent and not missing:
             return  # the checkpoint of a load plan, whose completeness was checked when it was proved
-        missing = [name for layer in self._staged for name in layer.missing]
         missing += [name for layer in self._watched for name in layer.parts.missing]
         if self._loaded is not None:
             missing += sorted(self._expected - self._loaded)
         if not missing:
             return
         reason = f"nothing was sent for {_list(missing)}"
-        if gone := sorted(_names.get(self._model, frozenset()) - self._sent):
+        if gone := sorted(_names.get(self._model, frozenset()) - self._sent - self._replayed):
             reason += f"; the last update brought {_list(gone)}, this one does not"
         raise MissingWeightsError(reason)
 
@@ -162,17 +203,23 @@ class Reload:
 
     def abort(self) -> None:
         """Put what is half loaded back. Never raises for a layer that is as it should be."""
+        for layer in self._staged:
+            _calls.pop(layer.layer, None)
+        self.again()
+
+    def again(self) -> None:
+        """The same for a pass after which another one follows: `begin` it."""
         self._stop_watching()
         for layer in self._staged:
             layer.put_back()
-            _calls.pop(layer.layer, None)
         for module in self._scales:
-            _drop_scales(module)
+            drop_scales(module)
+        self._clear()
 
     def _take_scales(self, module: torch.nn.Module) -> None:
-        if any(float(parameter) >= 0 for parameter in _scale_parameters(module)):
+        if any(float(parameter) >= 0 for parameter in scale_parameters(module)):
             _method(module).process_weights_after_loading(module)
-        _drop_scales(module)
+        drop_scales(module)
 
     def _device_of(self, layer: torch.nn.Module) -> torch.device:
         return next((t.device for t in own_tensors(layer).values()), next(self._model.parameters()).device)
@@ -191,34 +238,8 @@ def facts(layer: torch.nn.Module) -> LayerFacts:
     return LayerFacts(f"{kind.__module__}.{kind.__qualname__}", device, backend, has_scales(layer))
 
 
-def is_attention(layer: torch.nn.Module) -> bool:
-    """Whether vLLM post-processes it by itself, after all other layers."""
-    attention = import_module("vllm.model_executor.layers.attention")
-    if hasattr(attention, "is_deferred_attention_layer"):  # not in 0.26
-        return bool(attention.is_deferred_attention_layer(layer))
-    return isinstance(layer, (attention.Attention, attention.MLAAttention))
-
-
-def has_scales(layer: torch.nn.Module) -> bool:
-    method = import_module("vllm.model_executor.layers.quantization.kv_cache").BaseKVCacheMethod
-    return isinstance(getattr(layer, "quant_method", None), method)
-
-
 def _method(layer: torch.nn.Module) -> Any:
     return layer.quant_method
-
-
-_SCALES = ("q_scale", "k_scale", "v_scale", "prob_scale")
-
-
-def _scale_parameters(layer: torch.nn.Module) -> Iterator[torch.Tensor]:
-    return (getattr(layer, name) for name in _SCALES if name in layer._parameters)
-
-
-def _drop_scales(layer: torch.nn.Module) -> None:
-    for name in _SCALES:
-        if name in layer._parameters:
-            delattr(layer, name)
 
 
 def _list(names: list[str]) -> str:

@@ -9,11 +9,13 @@ live tensors are kept aside, and `put_back` restores them at any time.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
+from checkpoint_engine.loads.staging import Listener
 from checkpoint_engine.worker.vllm_parts import Loader, Parts, like
 
 
@@ -61,10 +63,21 @@ class StagedLayer:
     """See the module. `prepare` it first; `finish` comes by itself with the last weight, or is called.
 
     expected  how many calls of loaders made it complete last time; None: count elements, as vLLM does
+    listener  is told of it under `label`; what is loaded without its loaders goes where `open` says
     """
 
-    def __init__(self, name: str, layer: torch.nn.Module, internals: Internals, expected: int | None, held: Held) -> None:
+    def __init__(
+        self,
+        name: str,
+        layer: torch.nn.Module,
+        internals: Internals,
+        expected: int | None,
+        held: Held,
+        listener: Listener | None = None,
+        label: str = "",
+    ) -> None:
         self.name, self.layer, self._vllm, self._expected, self._held = name, layer, internals, expected, held
+        self._listener, self.label = listener, label or name
         self._info = internals.info(layer)
         if not any(self._info.restore_metadata):
             raise RuntimeError(f"vLLM did not record what layer {name!r} looks like in a checkpoint")
@@ -132,14 +145,37 @@ class StagedLayer:
         return result
 
     def _materialize(self) -> None:
-        if self._open:
-            return
+        if not self._open:
+            with _disable_current_modes():  # a recorder has no business here
+                self._materialize_now()
+
+    def _materialize_now(self) -> None:
         self._vllm.materialize(self.layer, self._info)
         self._open = True
         self._nbytes = sum(tensor.nbytes for tensor in self._wrapped.values() if tensor.is_meta)
         self._held.add(self._nbytes)
         for name, tensor in self._wrapped.items():  # lookups from now on find the real tensor: count those as well
             _set(getattr(self.layer, name), "weight_loader", _get(tensor, "weight_loader"))
+        if self._listener is not None:
+            self._listener.opened(self.label, self._fresh)
+
+    @property
+    def _fresh(self) -> dict[str, torch.Tensor]:
+        """What is loaded into, once there is memory."""
+        return {name: getattr(self.layer, name) for name in self._wrapped}
+
+    @property
+    def replaced(self) -> frozenset[str]:
+        """Names of its live tensors that are kept aside, and written by `finish` alone."""
+        return frozenset({*self._parameters, *self._buffers} - self._vllm.unloadable)
+
+    def open(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Its tensors in the checkpoint's layout: somebody else writes these names into them, and calls `finish`."""
+        if self.done:
+            raise RuntimeError(f"layer {self.name!r} was complete already")
+        self._materialize()
+        self._touched.update(names)
+        return self._fresh
 
     @property
     def missing(self) -> list[str]:
@@ -150,6 +186,12 @@ class StagedLayer:
 
     def finish(self) -> None:
         """Post-process what was loaded and copy it into the live tensors."""
+        with _disable_current_modes():
+            if self._open and self._listener is not None:
+                self._listener.closing(self.label, self._fresh)
+            self._finish()
+
+    def _finish(self) -> None:
         layer = self.layer
         self._unwrap()
         vars(layer).pop("_already_called_process_weights_after_loading", None)
