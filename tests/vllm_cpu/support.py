@@ -24,6 +24,16 @@ from checkpoint_engine.engines.vllm import Vllm
 
 ROOT = Path(__file__).parents[2]
 VENV = os.environ.get("VLLM_VENV", "")
+
+
+def _version() -> tuple[int, ...]:
+    """Of vLLM in that environment."""
+    (found,) = Path(VENV).glob("lib/python3*/site-packages/vllm-*.dist-info")
+    return tuple(map(int, found.name.removeprefix("vllm-").removesuffix(".dist-info").partition("+")[0].split(".")))
+
+
+NAMES_VERSIONS = _version() >= (0, 32)
+"""Whether vLLM's answers say which versions made them, if asked to."""
 SHM = Path("/dev/shm")
 READY_SECONDS = 600.0
 SECONDS = 60.0
