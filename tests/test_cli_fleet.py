@@ -275,7 +275,7 @@ def test_what_update_does_not_take_with_a_fleet(run: Any, option: str) -> None:
     code, _, err = run("update", "--url", "http://127.0.0.1:1", "--checkpoint", "first", option, "1")
     assert (code, f"{option} does not go with --url" in err) == (2, True)
     code, _, err = run("update", "--checkpoint", "first", "--restore")
-    assert (code, "with which alone --restore goes" in err) == (2, True)
+    assert (code, "--restore goes with --url only" in err) == (2, True)
 
 
 def test_what_update_needs_without_a_fleet(run: Any) -> None:

@@ -17,12 +17,14 @@ import torch
 
 from checkpoint_engine.errors import IntegrityError, ProtocolError, UpdateError
 from checkpoint_engine.loads.replay import Prepared
+from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.memory.checksum import digest
 from checkpoint_engine.memory.slices import slice_sum
 from checkpoint_engine.planning.digests import pack
 from checkpoint_engine.planning.plan import Bucket, Item, Plan
 from checkpoint_engine.planning.slices import Slice, Taken
 from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.server.expected import Expected
 from checkpoint_engine.server.slices import SliceBook, SliceCheck
 from checkpoint_engine.transport.messages import Slicing, Table
 from checkpoint_engine.worker import slices
@@ -91,7 +93,7 @@ class Step(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """error: or, of an update that went well, "". verified: bytes, by rank."""
+    """error: or, of an update that went well, "". verified: bytes, by rank. unsent: of all ranks."""
 
     error: str
     ways: set[str]
@@ -99,6 +101,7 @@ class Seen(NamedTuple):
     version: str | None
     dirty: bool
     right: bool
+    unsent: int
 
 
 def _flip(ps: ParameterServer, rank: int, name: str) -> None:
@@ -115,20 +118,22 @@ def _course(
     seen = []
     with server(method=method, bucket_bytes=8 * KIB, verify="on") as ps:
         for number, step in enumerate(steps):
-            weights, deed = checkpoint(number), step.deeds[rank]
+            weights, deed = checkpoint(number, kinds[rank]), step.deeds[rank]
             ps.register_checkpoint("c", named_tensors=share_of(weights, rank, world_size))
             ps.gather_metas("c")
             _flip(ps, rank, step.flipped)
-            error, ways, verified = "", set[str](), list[int]()
+            error, ways, verified, unsent = "", set[str](), list[int](), 0
             try:
                 report = ps.update(
                     "c", lambda handles, deed=deed: crew[rank].ask("update", handles[rank][1], deed), version=f"v{number}"
                 )
                 ways, verified = set(report.ways), [stages["verify"].nbytes for stages in report.ranks]
+                unsent = report.unsent
             except UpdateError as e:
                 error = str(e)
             version, dirty, state, _, _ = crew[rank].ask("state")
-            seen.append(Seen(error, ways, verified, version, dirty, state == fresh(weights, rank, world_size, kinds[rank])))
+            right = state == fresh(weights, rank, world_size, kinds[rank])
+            seen.append(Seen(error, ways, verified, version, dirty, right, unsent))
             ps.unregister_checkpoint("c")
     return seen
 
@@ -208,6 +213,20 @@ def test_a_rank_that_cannot_replay_does_not_keep_the_others_slices_from_being_ch
         found = FOUND.search(seen[1].error)
         assert found and (found[2], found[4]) == ("layers.2.norm", "rank 1")
         assert seen[1].version == "v0"
+
+
+def test_slices_of_what_was_sent(sharing: str) -> None:
+    """In sparse streams, too: of what nobody needs no rank takes or checks anything; and a rank that lacks something after all
+    makes the sums of its slices in the stream that comes whole."""
+    kinds, moved, flipped = ("apart", "apart"), (Deed(), Deed("move")), "layers.2.down"
+    for seen in course("broadcast", Step(), Step(), Step(flipped=flipped), Step(), Step(moved), Step(), kinds=kinds):
+        assert [each.unsent > 0 for each in seen] == [False, True, False, False, True, True]
+        assert [each.ways for each in seen[:2]] == [{"proved"}, {"replayed"}]
+        found = FOUND.search(seen[2].error)
+        assert found and (found[2], found[4]) == (flipped, "ranks 0 and 1") and seen[2].version == "v1"
+        assert seen[4].ways == {"replayed", "proved"} and seen[5].ways == {"replayed"}
+        assert seen[1].verified == seen[5].verified
+        assert all(good(each, number) for number, each in enumerate(seen) if number != 2)
 
 
 def _dies(rank: int, world_size: int, crew: list[Worker]) -> list[str]:
@@ -317,6 +336,23 @@ def test_a_later_stream_of_a_pass_counts_and_a_further_pass_begins_anew() -> Non
     assert check.verdict() is None
     assert check.begin({0: ("unknown",), 1: ()}, 2) == Slicing(tell=True)
     assert check.verdict() is None, "whole tensors were checked"
+
+
+def test_what_was_told_is_not_asked_again_while_another_rank_tells_nothing() -> None:
+    """An engine that never replays keeps the others from being checked by slices, but costs them nothing else."""
+    made = plan(1)
+    taken, expected = Taken(((WHOLE,),)), Expected(made, Manifest("c", ()))
+    check = SliceCheck(SliceBook(), made, pack([digest(CONTENT)]), lambda names, takers: IntegrityError(names, takers=takers))
+    told = []
+    for _ in range(2):
+        slicing = check.begin({0: (), 1: (taken.name,)}, 3)
+        assert not slicing.items
+        for rank in range(2):
+            expected.ask(slicing, rank)
+            told.append(expected.slicing.tell)
+        check.hear(1, b"", taken.encode())
+        assert check.verdict() is None
+    assert told == [True, True, True, False]
 
 
 def test_without_digests_nobody_is_asked() -> None:

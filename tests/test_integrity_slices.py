@@ -179,6 +179,13 @@ def test_alike_tensors_share_a_rule_and_too_many_rows_have_none() -> None:
     assert rules([2 * rows], of((Slice(0, 1, (rows,), (2,)),), (Slice(1, 1, (rows,), (2,)),))) == ()
 
 
+def test_what_is_alike_is_kept_once() -> None:
+    """Of a hundred thousand tensors on each of many ranks."""
+    taken = Taken.decode(Taken(((LEFT,), (LEFT,), (RIGHT,), (LEFT,))).encode(), [24, 24, 24, 30])
+    assert taken.parts[0] is taken.parts[1]
+    assert taken.parts[0] == taken.parts[3] == (LEFT,) and taken.parts[2] == (RIGHT,)
+
+
 def test_what_a_rank_tells_is_checked() -> None:
     taken = Taken(((LEFT, RIGHT), (), None))
     assert Taken.decode(taken.encode(), [24, 5, 9]) == taken
@@ -186,6 +193,8 @@ def test_what_a_rank_tells_is_checked() -> None:
     for sizes in ([24, 5], [23, 5, 9]):
         with pytest.raises(ValueError, match="slices"):
             Taken.decode(taken.encode(), sizes)
+    with pytest.raises(ValueError, match="slices"):
+        Taken.decode(Taken(((WHOLE,), (WHOLE,))).encode(), [24, 23])
     wrong = (
         Slice(-1, 4),
         Slice(0, 0),

@@ -93,7 +93,7 @@ def update(
         remote_update(url, {**body, **asked}, trace, json_output=json_output)
         return
     if not places or inference_parallel_size is None or restore:
-        raise typer.BadParameter("--endpoint and --inference-parallel-size are needed, or --url, with which alone --restore goes")
+        raise typer.BadParameter("give --endpoint and --inference-parallel-size, or --url; --restore goes with --url only")
     rank, world_size = world(os.environ)
     check_ranks(len(places), inference_parallel_size, world_size)
     console = Console(file=sys.stderr if json_output else sys.stdout)

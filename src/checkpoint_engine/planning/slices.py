@@ -82,10 +82,14 @@ class Taken(msgspec.Struct, frozen=True, array_like=True):
             raise ValueError(f"no description of slices: {e}") from e
         if len(taken.parts) != len(sizes):
             raise ValueError(f"slices of {len(taken.parts)} tensors, and there are {len(sizes)}")
+        alike: dict[tuple[Part | None, int], Part | None] = {}  # layers are: one of each is looked at, and kept
         for part, nbytes in zip(taken.parts, sizes, strict=True):
+            if (part, nbytes) in alike:
+                continue
             if part is not None and (len(part) > MAX_SLICES or not all(each.inside(nbytes) for each in part)):
                 raise ValueError(f"slices that are not those of a tensor of {nbytes} bytes")
-        return taken
+            alike[part, nbytes] = part
+        return cls(tuple(alike[key] for key in zip(taken.parts, sizes, strict=True)))
 
 
 class Rule(NamedTuple):

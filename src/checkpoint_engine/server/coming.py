@@ -32,7 +32,9 @@ class Coming:
         return self._here[bucket]
 
     def after(self, bucket: int) -> int:
-        """The next one behind it, as `first`."""
+        """The next one behind it, as `first`. Raises ProtocolError for a number that no bucket has: a worker may say any."""
+        if bucket >= len(self._here):
+            raise ProtocolError(f"the worker loaded bucket {bucket} of {len(self._here)}")
         return self._next[bucket + 1]
 
     def ranks(self, bucket: int) -> tuple[int, ...] | None:

@@ -20,6 +20,7 @@ class Expected:
 
     sources: name of a tensor -> ranks of `manifest` whose memory its bytes come from; None: the owners that the plan names.
     book: what workers are known to take; None: whole tensors are checked.
+    slicing: what this rank's worker is asked for in the pass that runs.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class Expected:
         book: SliceBook | None = None,
     ) -> None:
         self._plan, self._manifest, self._sources = plan, manifest, sources
-        self._book, self._slicing = book, Slicing()
+        self._book, self.slicing = book, Slicing()
 
     @cached_property
     def digests(self) -> bytes:
@@ -43,10 +44,11 @@ class Expected:
     def ask(self, slicing: Slicing, rank: int) -> None:
         """What this rank's worker is asked for in the pass that begins."""
         names = slicing.names[rank : rank + 1]
-        self._slicing = Slicing(names, slicing.items if any(names) else b"", slicing.tell)
+        known = any(names)
+        self.slicing = Slicing(names, slicing.items if known else b"", slicing.tell and not known)
 
     def put_into(self, attach: Attach) -> Attach:
-        return msgspec.structs.replace(attach, digests=self.digests, slicing=self._slicing)
+        return msgspec.structs.replace(attach, digests=self.digests, slicing=self.slicing)
 
     def mismatch(self, wrong: Sequence[str], takers: Sequence[int] = ()) -> IntegrityError:
         """The error for tensors of these names, of which there is at least one. takers: see IntegrityError."""

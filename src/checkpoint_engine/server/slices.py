@@ -14,13 +14,14 @@ from functools import cached_property
 import torch
 
 from checkpoint_engine.errors import CheckpointEngineError, IntegrityError, ProtocolError
+from checkpoint_engine.manifest import hex_digest
 from checkpoint_engine.memory.checksum import LENGTH_WEIGHT, finish, signed
 from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.planning.slices import Rule, Taken, rules
 from checkpoint_engine.transport.messages import Slicing
 
 KEPT_TAKEN = 8
-"""Of what one rank's workers take; each is some 30 bytes a tensor."""
+"""Of what one rank's workers take; each is some 10 bytes a tensor where layers are alike."""
 MAX_GUESSES = 64
 _MASK = (1 << 64) - 1
 
@@ -35,11 +36,10 @@ class SliceBook:
         self._rules: collections.OrderedDict[tuple[str, tuple[str, ...]], Rules] = collections.OrderedDict()
 
     def learn(self, plan: Plan, data: bytes, ranks: int) -> None:
-        """Raises ProtocolError when `data` is not what a worker takes of this plan's tensors. ranks: how many tell theirs."""
-        try:
-            taken = Taken.decode(data, sizes_of(plan))
-        except ValueError as e:
-            raise ProtocolError(str(e)) from e
+        """Raises ValueError when `data` is not what a worker takes of this plan's tensors. ranks: how many tell theirs."""
+        if (plan.digest, hex_digest(data)) in self._taken:
+            return  # a replica takes the same
+        taken = Taken.decode(data, sizes_of(plan))
         self._taken[plan.digest, taken.name] = taken
         while len(self._taken) > KEPT_TAKEN * ranks:
             self._taken.popitem(last=False)
@@ -95,10 +95,9 @@ class SliceCheck:
             items = sorted(itertools.chain.from_iterable(rule.items for rule in self._rules))
             asked = torch.tensor(items, dtype=torch.int64)
             self._asked = asked[self._digests[asked] != 0]
-        if not len(self._asked):
-            self.slicing = Slicing(tell=tell)
-        else:
-            self.slicing = Slicing(tuple(self._names.get(rank, "") for rank in range(ranks)), self._bits(), tell)
+        named = self._names and (len(self._asked) or tell)
+        known = tuple(self._names.get(rank, "") for rank in range(ranks)) if named else ()
+        self.slicing = Slicing(known, self._bits() if len(self._asked) else b"", tell)
         return self.slicing
 
     @property
@@ -114,11 +113,15 @@ class SliceCheck:
     def hear(self, rank: int, sums: bytes, taken: bytes) -> None:
         """Of a stream; a later one of the pass counts. Raises ProtocolError for what was not asked for."""
         if taken:
-            self._book.learn(self._plan, taken, self._ranks)
+            try:
+                self._book.learn(self._plan, taken, self._ranks)
+            except ValueError as e:
+                raise ProtocolError(f"the worker of rank {rank} did not tell what it takes of this plan's tensors: {e}") from e
         if not sums:
             return
-        if rank not in self._names or len(sums) != 8 * len(self._asked):
-            raise ProtocolError(f"rank {rank} told {len(sums) // 8} sums of slices, asked for {len(self._asked)}")
+        asked = len(self._asked) if rank in self._names else 0
+        if len(sums) != 8 * asked:
+            raise ProtocolError(f"rank {rank} told {len(sums)} bytes of sums of slices, asked for {asked} sums")
         self._sums[rank] = _words(sums)
 
     def verdict(self) -> tuple[int, CheckpointEngineError] | None:

@@ -17,9 +17,9 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Slicing(msgspec.Struct, frozen=True, array_like=True):
-    """How slices are checked (planning.slices). names: of what workers take (Taken.name): in Begin by rank, in Attach of that
-    worker. items: a bit for each of the plan's tensors, the lowest of each byte first: 1 where the sum of the worker's slices is
-    asked for instead of a check of the whole. tell: say in Ready what you take."""
+    """How slices are checked (planning.slices). names: of what workers take (Taken.name), "" if unknown: in Begin by rank, in
+    Attach of that worker. items: a bit for each of the plan's tensors, the lowest of each byte first: 1 where sums of slices are
+    asked for instead of a check of the whole. tell: say in Ready what you take; in Begin, to those of unknown name."""
 
     names: tuple[str, ...] = ()
     items: bytes = b""

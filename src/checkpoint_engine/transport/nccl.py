@@ -45,7 +45,8 @@ class NcclCollective(StreamCollective):
             store.wait(["id"], datetime.timedelta(seconds=join_seconds))
             token = bytes.fromhex(store.get("id").decode())
         except RuntimeError as e:  # torch's store errors
-            raise DeadlineError(f"rank 0 to begin an NCCL communicator ({str(e).splitlines()[0]})", join_seconds) from e
+            reason = str(e).splitlines()[0]
+            raise DeadlineError(f"the first of {world_size} ranks to begin an NCCL communicator ({reason})", join_seconds) from e
         count = settings.nccl_channels or channels(world_size)
         self.memory = count * CHANNEL_BYTES
         self._communicator = NcclCommunicator(token, rank, world_size, device.index, timeout=join_seconds, max_ctas=count)
