@@ -391,7 +391,16 @@ def test_a_slice_outside_of_its_tensor() -> None:
         sums.arrived(0, [torch.zeros(64, dtype=torch.uint8)], 20.0)
 
 
-@pytest.mark.parametrize("part", [Slice(5, 9_000_001), Slice(100, 3000, (2, 2000), (12_000_000, 6000)), Slice(0, 10)])
+@pytest.mark.parametrize(
+    "part",
+    [
+        Slice(5, 9_000_001),
+        Slice(100, 3000, (2, 2000), (12_000_000, 6000)),
+        Slice(7, 5_000_001, (3,), (5_000_100,)),  # a run alone is too much for a thread
+        Slice(0, 4 << 20, (2, 2), (16 << 20, 8 << 20)),
+        Slice(0, 10),
+    ],
+)
 def test_large_slices_are_cut_for_threads(part: Slice) -> None:
     raw = torch.randint(0, 256, (part.end,), dtype=torch.uint8)
     pieces = list(_cut(Piece(raw, part.first, part.strides, part)))

@@ -7,6 +7,7 @@ servers' memory: so the others' slices can be checked all the same.
 from __future__ import annotations
 
 import collections
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -181,7 +182,7 @@ def _cut(piece: Piece) -> Iterator[Piece]:
     if part.nbytes < 2 * BLOCK_BYTES:
         yield piece
         return
-    if not part.sizes:
+    if math.prod(part.sizes) == 1:
         at = 0
         while at < part.run:
             step = min(part.run - at, BLOCK_BYTES - (part.first + at) % CHUNK_BYTES)  # the next one begins a chunk
