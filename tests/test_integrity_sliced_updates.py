@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from checkpoint_engine.errors import IntegrityError, ProtocolError, UpdateError
+from checkpoint_engine.loads.plan import Copy, LoadersTensor, LoadPlan, PlannedTensor, Slot, Storage
 from checkpoint_engine.loads.replay import Prepared
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.memory.checksum import digest
@@ -29,7 +30,7 @@ from checkpoint_engine.server.slices import SliceBook, SliceCheck
 from checkpoint_engine.transport.messages import Slicing, Table
 from checkpoint_engine.worker import slices
 from checkpoint_engine.worker.check import Check
-from checkpoint_engine.worker.slices import Piece, SliceSums, _cut, with_slices
+from checkpoint_engine.worker.slices import Piece, SliceSums, _cut, taken_of, with_slices
 from helpers import recorded
 from helpers.fleet import Worker, server, share_of, worker_processes
 from helpers.ranks import run_ranks
@@ -383,6 +384,27 @@ def test_without_a_replay_sums_are_those_of_the_servers_memory() -> None:
 def test_what_a_server_asks_for_must_fit(slicing: Slicing) -> None:
     with pytest.raises(ProtocolError, match="slices"):
         with_slices(Check(), slicing, {"x": Taken(((LEFT,), (RIGHT,)))}, TABLES, [], None, 20.0)
+
+
+def test_what_a_worker_tells_is_what_a_server_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of tensors in more slices, or dimensions, than it takes, nor of what goes into a staged layer, gone by then."""
+    monkeypatch.setattr(slices, "SMALL_BYTES", 0)
+    nbytes, deep = 1 << 17, tuple(1 << n for n in reversed(range(17)))
+    copies = {
+        "whole": (Copy(0, 0, 0, nbytes),),
+        "deep": (Copy(0, 0, 0, 1, (2,) * 17, deep, deep),),
+        "many": tuple(Copy(2 * n, 0, 2 * n, 1) for n in range(257)),
+        "staged": (Copy(0, 0, 0, 1), Copy(1, 1, 0, 1)),
+        "nothing": (),
+    }
+    storages = Storage(nbytes, ("w",)), Storage(nbytes, ("l.w",), Slot("l", "w", "uint8", (nbytes,), (1,)))
+    planned = tuple(PlannedTensor(name, "uint8", (nbytes,), each) for name, each in copies.items())
+    plan = LoadPlan("", "", storages, planned, (LoadersTensor("loader's", ""),))
+    plan.check()
+    items = tuple(Item(name, "uint8", (nbytes,), 0, nbytes) for name in (*copies, "loader's"))
+    taken = taken_of(plan, [Table(0, nbytes, items)])
+    assert taken.parts == ((Slice(0, nbytes),), None, None, None, (), None)
+    assert Taken.decode(taken.encode(), [nbytes] * 6) == taken
 
 
 def test_a_slice_outside_of_its_tensor() -> None:

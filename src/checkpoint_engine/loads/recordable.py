@@ -20,7 +20,8 @@ class Recordable:
     maps      tensors whose values decide which weights go where, which are not found by their names (`Model.of`)
     begins    called when the checkpoint begins to come, and again when it comes once more in the same update, from its first
               tensor: `run` gets all that the loader must get anew
-    replaying called with the names of tensors of a bucket whose bytes go into the model now, without `run`
+    replaying called with the names of tensors of a bucket whose bytes go into the model now, without `run`; also of those of
+              which nothing is taken, or which for that reason do not even come
     stages    its staged layers, if it has such
     look      makes the model's Model anew, while nothing is staged; None: all parameters and buffers of `module`
     """

@@ -24,7 +24,7 @@ from checkpoint_engine.loads.plan import LoadPlan
 from checkpoint_engine.memory.checksum import CHUNK_BYTES
 from checkpoint_engine.memory.slices import slice_sum
 from checkpoint_engine.planning.digests import pack
-from checkpoint_engine.planning.slices import MAX_SLICES, Slice, Taken
+from checkpoint_engine.planning.slices import MAX_DIMS, MAX_SLICES, Slice, Taken
 from checkpoint_engine.transport.messages import Slicing, Table
 from checkpoint_engine.worker.check import Check
 
@@ -53,14 +53,15 @@ class Replaying(Protocol):
 
 
 def taken_of(plan: LoadPlan, tables: Sequence[Table]) -> Taken:
-    """What a replay takes of the tables' tensors, in their order."""
+    """What a replay takes of the tables' tensors, in their order, as Taken.decode accepts it. Not told: of tensors that are
+    small, are cut in too many slices, or go into staged layers."""
     planned = plan.by_name
     return Taken(tuple(_part(plan, i.name, i.nbytes) if i.name in planned else None for table in tables for i in table.items))
 
 
 def _part(plan: LoadPlan, name: str, nbytes: int) -> tuple[Slice, ...] | None:
     copies = plan.by_name[name].copies
-    if nbytes < SMALL_BYTES or len(copies) > MAX_SLICES:
+    if nbytes < SMALL_BYTES or len(copies) > MAX_SLICES or any(len(copy.sizes) > MAX_DIMS for copy in copies):
         return None
     if any(plan.storages[copy.storage].slot is not None for copy in copies):
         return None  # gone, or post-processed, by the time that a thread would sum it up
