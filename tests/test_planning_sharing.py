@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from checkpoint_engine.devices.base import Device, Event, Stream
 from checkpoint_engine.devices.cpu import CpuDevice
 from checkpoint_engine.errors import AgreementError, ProtocolError
+from checkpoint_engine.planning.bits import pack_bits, unpack_bits
 from checkpoint_engine.planning.plan import Bucket, Item, Piece, Plan
-from checkpoint_engine.planning.sharing import MAX_GROUPS, Shares, pack_bits, plan_shares, unpack_bits
+from checkpoint_engine.planning.sharing import MAX_GROUPS, Shares, plan_shares
 from checkpoint_engine.server.coming import Coming, check_needs
 from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.keeper import Keeper

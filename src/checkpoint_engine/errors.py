@@ -37,7 +37,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import msgspec
+
 E = TypeVar("E", bound=BaseException)
+NOT_DECODED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not what they ought to be."""
 
 
 class CheckpointEngineError(RuntimeError):

@@ -16,7 +16,7 @@ import torch
 
 from checkpoint_engine.devices.base import Device
 from checkpoint_engine.errors import DeadlineError
-from checkpoint_engine.memory.checksum import LENGTH_WEIGHT, digest, partial_sum, signed
+from checkpoint_engine.memory.checksum import LENGTH_WEIGHT, digest, partial_sum, signed, unpacked
 
 
 class Run(NamedTuple):
@@ -91,12 +91,11 @@ class Verifier:
         count = len(layout.runs)
         if len(expected) != 8 * count:
             raise ValueError(f"{len(expected)} bytes of digests for {count} tensors")
-        words = torch.frombuffer(bytearray(expected), dtype=torch.int64) if count else torch.zeros(0, dtype=torch.int64)
         self._layout, self._queued = layout, [False] * (len(layout.starts) - 1)
         if kernel is None:
             kernel = bool(memories) and memories[0].is_cuda and has_kernel()
         self._sums = _kernel_sums(layout, memories) if kernel else TorchSums(layout, memories)
-        self._expected = words
+        self._expected = unpacked(expected)
 
     @property
     def nbytes(self) -> int:

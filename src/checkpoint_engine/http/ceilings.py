@@ -7,14 +7,14 @@ from pathlib import Path
 import msgspec
 
 from checkpoint_engine.devices.probe import Ceilings
-from checkpoint_engine.errors import SettingsError
+from checkpoint_engine.errors import NOT_DECODED, SettingsError
 
 
 def read_ceilings(path: Path) -> dict[str, float]:
     """Stage -> bytes per second. Raises SettingsError when the file is not what `probe --json` printed."""
     try:
         return stage_ceilings(msgspec.json.decode(path.read_bytes(), type=Ceilings))
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+    except (OSError, *NOT_DECODED) as e:
         raise SettingsError(f"{path} is not what `checkpoint-engine probe --json` prints: {e}") from None
 
 

@@ -9,7 +9,7 @@ from typing import Self
 
 import msgspec
 
-from checkpoint_engine.errors import LoadPlanError
+from checkpoint_engine.errors import NOT_DECODED, LoadPlanError
 from checkpoint_engine.loads.geometry import extent
 from checkpoint_engine.manifest import ITEMSIZE, hex_digest
 
@@ -188,7 +188,7 @@ class LoadPlan(msgspec.Struct, frozen=True, dict=True, tag_field="load_plan", ta
         """Raises LoadPlanError when `data` is not a plan, or one whose copies leave its tensors or storages."""
         try:
             plan = msgspec.msgpack.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        except NOT_DECODED as e:
             raise LoadPlanError(f"not a load plan: {e}") from e
         plan.check()
         return plan

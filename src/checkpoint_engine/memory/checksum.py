@@ -169,6 +169,11 @@ def row_sums(address: int, out: torch.Tensor, stride: int, first: int = 0, words
         out.add_((x[:, 0] << 32).mul_(_AT_4[first - 1]))
 
 
+def unpacked(packed: bytes) -> torch.Tensor:
+    """int64, from 8 bytes each, little-endian: digests, as they travel (planning.digests)."""
+    return torch.frombuffer(bytearray(packed), dtype=torch.int64) if packed else torch.zeros(0, dtype=torch.int64)
+
+
 def _words_at(address: int, count: int) -> torch.Tensor:
     """int64, (count,), over memory at any address, which torch's views could not have unless it is a multiple of 8."""
     return torch.frombuffer(_ANY_LENGTH.from_address(address), dtype=torch.int64, count=count)

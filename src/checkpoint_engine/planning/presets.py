@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from checkpoint_engine.errors import SettingsError
+from checkpoint_engine.errors import NOT_DECODED, SettingsError
 from checkpoint_engine.planning.cluster import Cluster
 
 GB = 1e9
@@ -97,7 +97,7 @@ def from_probe(data: bytes, hosts: int, gpus_per_host: int, nic: float | None = 
     """
     try:
         found = msgspec.json.decode(data, type=_Found)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+    except NOT_DECODED as e:
         raise SettingsError(f"this is not what `checkpoint-engine probe --json` prints: {e}") from None
     gpu = found.device == "cuda"
     if gpus_per_host > 1 and not found.broadcast:

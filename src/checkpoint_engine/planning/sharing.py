@@ -1,6 +1,6 @@
 """Which ranks take part in which bucket of a stream whose workers need only some: the same answer on every rank.
 
-A set of ranks is an int here, bit r for rank r; what a rank needs are bytes, bit i % 8 of byte i // 8 for bucket i.
+A set of ranks is an int here, bit r for rank r; what a rank needs are bytes, a bit for each bucket (planning.bits).
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import functools
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from checkpoint_engine.planning.bits import unpack_bits
 from checkpoint_engine.planning.plan import Plan
 
 MAX_GROUPS = 8
@@ -19,20 +20,6 @@ MAX_GROUPS = 8
 WORTH = 0.002
 """A sub-group must save this part of what is sent without any."""
 CANDIDATES = 128
-
-
-def pack_bits(bits: Iterable[bool]) -> bytes:
-    """As the module says; as many bytes as there are bits for."""
-    flags = list(bits)
-    return sum(1 << i for i, bit in enumerate(flags) if bit).to_bytes(-(-len(flags) // 8), "little")
-
-
-def unpack_bits(packed: bytes, count: int) -> tuple[int, ...]:
-    """Numbers of the bits that are set, in rising order. Raises ValueError when these are not `count` bits."""
-    value = int.from_bytes(packed, "little")
-    if len(packed) != -(-count // 8) or value >> count:
-        raise ValueError(f"{len(packed)} bytes are not {count} bits")
-    return tuple(_members(value))
 
 
 def _members(value: int) -> Iterator[int]:

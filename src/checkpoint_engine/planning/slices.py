@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 
 import msgspec
 
+from checkpoint_engine.errors import NOT_DECODED
 from checkpoint_engine.manifest import hex_digest
 
 MAX_SLICES = 256
@@ -78,7 +79,7 @@ class Taken(msgspec.Struct, frozen=True, array_like=True):
         """sizes: bytes of the tensors that it must be about. Raises ValueError when `data` is something else."""
         try:
             taken = msgspec.msgpack.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        except NOT_DECODED as e:
             raise ValueError(f"no description of slices: {e}") from e
         if len(taken.parts) != len(sizes):
             raise ValueError(f"slices of {len(taken.parts)} tensors, and there are {len(sizes)}")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from checkpoint_engine.errors import ProtocolError
+from checkpoint_engine.planning.bits import pack_bits, unpack_bits
 from checkpoint_engine.planning.plan import Plan
-from checkpoint_engine.planning.sharing import Shares, pack_bits, unpack_bits
+from checkpoint_engine.planning.sharing import Shares
 
 
 class Coming:
     """shares: None: all buckets come to all ranks.
 
     first   the first one's number; that of the plan's buckets where none comes
-    bits    of all, for the worker (planning.sharing); empty: all come
+    bits    of all, for the worker (planning.bits); empty: all come
     stream  the plan's, without the pieces of buckets that do not come
     nbytes  of the tensors that come
     """

@@ -16,7 +16,7 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     for ranks of the same host to open (None: they cannot). copies: it would share by peer copies. method: see Settings. maps: its
     worker reads host memory as its own. reads: bytes that its worker would pull; -1: it has no load plan, as far as is known.
     ahead: digest of the regions that its worker has mapped for that. verify: see Settings. error: why this rank cannot take
-    part. needs: the buckets of the plan of which its worker would take anything, one bit each (planning.sharing); empty: it needs
+    part. needs: the buckets of the plan of which its worker would take anything, one bit each (planning.bits); empty: it needs
     all, as far as is known."""
 
     checkpoint: str

@@ -75,8 +75,7 @@ class Pass:
         self._state = threading.Condition()
         self._loaded = self._coming.first  # the next bucket that is to be loaded
         self._error: CheckpointEngineError | None = None
-        self.loads_sent = 0
-        self._sent = -1  # the last bucket that the worker was told of
+        self.last_sent = -1  # the bucket that the worker was told of last
         self.heard = Heard()
         stream = [(plan.buckets[index], plan.buckets[index].pieces[number]) for index, number in self._coming.stream]
         self._own: list[tuple[Bucket, Piece]] = [(b, p) for b, p in stream if p.owner == lane.rank]
@@ -212,7 +211,7 @@ class Pass:
         if worker is None:
             self._set_loaded(index)
         else:
-            self.loads_sent, self._sent = self.loads_sent + 1, index
+            self.last_sent = index
             self._tell(worker, Load(index))
         self._stages.settle()
 
@@ -286,7 +285,7 @@ class Pass:
             except DeadlineError:
                 if self._error is not None:
                     raise Stopped("stopped") from None
-                if self._overdue(self._sent >= self._loaded or self._loaded == len(self._plan.buckets)):
+                if self._overdue(self.last_sent >= self._loaded or self._loaded == len(self._plan.buckets)):
                     raise DeadlineError(f"{what} by {worker.peer}", self._seconds) from None
         raise Stopped("no worker")
 

@@ -15,7 +15,8 @@ import torch
 
 from checkpoint_engine.errors import CheckpointEngineError, IntegrityError, ProtocolError
 from checkpoint_engine.manifest import hex_digest
-from checkpoint_engine.memory.checksum import LENGTH_WEIGHT, finish, signed
+from checkpoint_engine.memory.checksum import LENGTH_WEIGHT, finish, signed, unpacked
+from checkpoint_engine.planning.bits import pack_bits
 from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.planning.slices import Rule, Taken, rules
 from checkpoint_engine.transport.messages import Slicing
@@ -74,7 +75,7 @@ class SliceCheck:
     ) -> None:
         """digests: as workers get them. mismatch: makes the error, of tensors' names and the ranks whose slices they may be."""
         self._book, self._plan, self._mismatch = book, plan, mismatch
-        self._digests = _words(digests)
+        self._digests = unpacked(digests)
         self._names: dict[int, str] = {}  # of the ranks whose worker is in the pass
         self._sums: dict[int, torch.Tensor] = {}
         self._rules: Rules = ()
@@ -105,10 +106,8 @@ class SliceCheck:
         return tuple(sorted(set(self._names.values())))
 
     def _bits(self) -> bytes:
-        bits = bytearray(-(-len(self._digests) // 8))
-        for item in self._asked.tolist():
-            bits[item // 8] |= 1 << item % 8
-        return bytes(bits)
+        asked = set(self._asked.tolist())
+        return pack_bits(item in asked for item in range(len(self._digests)))
 
     def hear(self, rank: int, sums: bytes, taken: bytes) -> None:
         """Of a stream; a later one of the pass counts. Raises ProtocolError for what was not asked for."""
@@ -122,7 +121,7 @@ class SliceCheck:
         asked = len(self._asked) if rank in self._names else 0
         if len(sums) != 8 * asked:
             raise ProtocolError(f"rank {rank} told {len(sums)} bytes of sums of slices, asked for {asked} sums")
-        self._sums[rank] = _words(sums)
+        self._sums[rank] = unpacked(sums)
 
     def verdict(self) -> tuple[int, CheckpointEngineError] | None:
         """What is wrong, and on which rank; None: nothing that was asked for is."""
@@ -180,8 +179,3 @@ class SliceCheck:
     def _named(self, first: int, wrong: torch.Tensor) -> list[str]:
         names = [item.name for bucket in self._plan.buckets for item in bucket.items]
         return [names[first], *(names[item] for item in wrong.nonzero().flatten().tolist() if item != first)]
-
-
-def _words(packed: bytes) -> torch.Tensor:
-    """int64, from 8 bytes each, little-endian."""
-    return torch.frombuffer(bytearray(packed), dtype=torch.int64) if packed else torch.zeros(0, dtype=torch.int64)

@@ -210,7 +210,7 @@ class UpdateRun:
 
     def _begin(self, begin: m.Begin) -> None:
         if begin.again:
-            self._loaded_before = self._loaded_before or (self._pass is not None and self._pass.loads_sent > 0)
+            self._loaded_before = self._loaded_before or (self._pass is not None and self._pass.last_sent >= 0)
             self._lane.rest()
         else:
             self._recorder.lap("wait")
@@ -289,7 +289,7 @@ class UpdateRun:
             self._pass.stop()
         text = str(UpdateError(rank=failure.rank, host=failure.host, stage=failure.stage, reason=failure.reason))
         self._crew.dismiss(text, self._pass_thread, self._settings.stop_timeout)
-        loaded = self._loaded_before or (self._pass is not None and self._pass.loads_sent > 0)
+        loaded = self._loaded_before or (self._pass is not None and self._pass.last_sent >= 0)
         self._dirty = self._dirty or loaded or self._crew.dirty
         if self._pass_thread is not None and self._pass_thread.is_alive():
             self._lane.abandon()

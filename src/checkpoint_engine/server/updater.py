@@ -95,9 +95,8 @@ class Updater:
             inbox = stack.enter_context(links.inbox(number))
             listener = stack.enter_context(self._listen(inbox, settings))
             prepared = self._try_to_prepare(stack, name, settings)
-            offers = exchange_offers(
-                links, self._offer(prepared, name, version, listener.handle, settings), settings.join_timeout
-            )
+            mine = self._offer(prepared, name, version, listener.handle, settings)
+            offers = exchange_offers(links, mine, settings.join_timeout)
             if isinstance(prepared, Exception):
                 raise prepared
             recorder = Recorder(time.perf_counter(), span_limit(len(offers)), enabled=settings.timelines)

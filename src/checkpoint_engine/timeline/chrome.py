@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from checkpoint_engine.errors import SettingsError
+from checkpoint_engine.errors import NOT_DECODED, SettingsError
 from checkpoint_engine.timeline.spans import STAGES, Span, Timeline, Trace
 
 FIRST_PID = 1
@@ -113,7 +113,7 @@ def from_chrome(data: bytes) -> Trace:
             if event.ph == "X" and event.pid in spans:
                 args = msgspec.json.decode(event.args, type=_Args)
                 spans[event.pid].append(Span(event.cat, args.bucket, event.ts / 1e6, event.dur / 1e6, args.nbytes, args.count))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+    except NOT_DECODED as e:
         raise SettingsError(f"not a trace of an update: {e}") from None
     about = file.otherData
     ranks = tuple(Timeline(r.rank, r.host, tuple(sorted(spans[r.pid], key=lambda s: (s.start, s.end)))) for r in about.ranks)

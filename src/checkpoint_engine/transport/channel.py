@@ -21,7 +21,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from checkpoint_engine.devices.base import Closing
-from checkpoint_engine.errors import DeadlineError, PeerLostError, ProtocolError
+from checkpoint_engine.errors import NOT_DECODED, DeadlineError, PeerLostError, ProtocolError
 from checkpoint_engine.transport.messages import PROTOCOL, Message
 
 Incoming = TypeVar("Incoming")
@@ -155,7 +155,7 @@ class Channel(Closing, Generic[Incoming]):
             return None
         try:
             message = self._decoder.decode(memoryview(self._buffer)[LENGTH.size : end])
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        except NOT_DECODED as e:
             raise ProtocolError(f"{self.peer} sent something that is not a message: {e}") from e
         del self._buffer[:end]
         return message

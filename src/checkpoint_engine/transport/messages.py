@@ -71,7 +71,7 @@ class Ready(Message, frozen=True):
     """Everything is loaded, the ring unmapped and the post-hook done; `seconds` inside it. way: how the last stream was loaded,
     "loader", "proved" or "replayed". pull: bytes that a replay of this checkpoint reads on this rank; -1: there is no
     plan for it, or this worker cannot read the servers' memory. needs: the buckets that a replay takes anything of, one bit each
-    (planning.sharing); empty: it needs all. sums: 8 bytes, little-endian, for each tensor that Attach asked for the slices of.
+    (planning.bits); empty: it needs all. sums: 8 bytes, little-endian, for each tensor that Attach asked for the slices of.
     taken: an encoded Taken, if it was asked for and this worker is going to replay."""
 
     seconds: float
@@ -113,7 +113,7 @@ class Attach(Message, frozen=True):
     """Map these memories (descriptors travel beside the message): the ring, or all ranks' regions. `tables` is None when
     Hello named the plan. ahead: all ranks' regions, which a later update is going to be pulled from; their descriptors follow.
     digests: of the tables' tensors, in order (planning.digests), which they must have; empty: nothing is checked. slicing: of
-    which tensors only slices are. coming: the buckets of this stream, one bit each (planning.sharing); empty: all."""
+    which tensors only slices are. coming: the buckets of this stream, one bit each (planning.bits); empty: all."""
 
     rank: int
     memories: tuple[SharedHandle, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from checkpoint_engine.errors import ProtocolError
-from checkpoint_engine.planning.sharing import unpack_bits
+from checkpoint_engine.planning.bits import unpack_bits
 from checkpoint_engine.transport.messages import Attach
 
 

@@ -17,7 +17,7 @@ from checkpoint_engine.loads.proof import Proof
 from checkpoint_engine.loads.recordable import Recordable
 from checkpoint_engine.loads.recorder import Recorder
 from checkpoint_engine.loads.staging import BlankSlots, Listener
-from checkpoint_engine.planning.sharing import pack_bits
+from checkpoint_engine.planning.bits import pack_bits
 from checkpoint_engine.transport.messages import Table
 from checkpoint_engine.worker.plans import Kept, PreparedBucket, Runnable, checkpoint_of, drop, keep, lookup, trusted
 from checkpoint_engine.worker.staged import StagedLayers

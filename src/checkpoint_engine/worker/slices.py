@@ -23,6 +23,7 @@ from checkpoint_engine.errors import DeadlineError, ProtocolError
 from checkpoint_engine.loads.plan import LoadPlan
 from checkpoint_engine.memory.checksum import CHUNK_BYTES
 from checkpoint_engine.memory.slices import slice_sum
+from checkpoint_engine.planning.bits import unpack_bits
 from checkpoint_engine.planning.digests import pack
 from checkpoint_engine.planning.slices import MAX_DIMS, MAX_SLICES, Slice, Taken
 from checkpoint_engine.transport.messages import Slicing, Table
@@ -76,8 +77,13 @@ class SliceSums:
     ) -> None:
         """replaying: None: the sums are made of the servers' memory. Raises ProtocolError when `slicing` is of other tables."""
         count = sum(len(table.items) for table in tables)
-        if len(taken.parts) != count or len(slicing.items) != -(-count // 8):
-            raise ProtocolError(f"the server asks for slices of {8 * len(slicing.items)} tensors, not of {count}")
+        other = ProtocolError(f"the server asks for slices of {8 * len(slicing.items)} tensors, not of {count}")
+        if len(taken.parts) != count:
+            raise other
+        try:
+            asked = frozenset(unpack_bits(slicing.items, count))
+        except ValueError:
+            raise other from None
         self._taken, self._tables, self._replaying, self._at_work = taken, tables, replaying, at_work
         self._asked: list[list[int]] = []  # by bucket, numbers of its tensors
         self._firsts: list[int] = []
@@ -85,7 +91,7 @@ class SliceSums:
         for table in tables:
             numbers = range(len(table.items))
             self._firsts.append(first)
-            self._asked.append([n for n in numbers if slicing.items[(first + n) // 8] >> (first + n) % 8 & 1])
+            self._asked.append([n for n in numbers if first + n in asked])
             first += len(table.items)
         self._totals = {first + n: 0 for first, asked in zip(self._firsts, self._asked, strict=True) for n in asked}
         self._pool = ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0))), thread_name_prefix="slices")

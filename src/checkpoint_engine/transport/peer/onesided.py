@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from checkpoint_engine.errors import ProtocolError
+from checkpoint_engine.errors import NOT_DECODED, ProtocolError
 from checkpoint_engine.transport.peer.connecting import Lease
 from checkpoint_engine.transport.peer.reading import Lane, LanePeer, Piece
 
@@ -32,7 +32,7 @@ def read_tickets(peer: str, tickets: dict[int, bytes], kind: type[Ticket]) -> It
     for region, encoded in tickets.items():
         try:
             ticket = msgspec.msgpack.decode(encoded, type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        except NOT_DECODED as e:
             raise ProtocolError(f"{peer}, stage open, region {region}: {e}") from e
         yield region, ticket
 

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from checkpoint_engine.devices.base import Closing
-from checkpoint_engine.errors import DeadlineError, PeerLostError, ProtocolError
+from checkpoint_engine.errors import NOT_DECODED, DeadlineError, PeerLostError, ProtocolError
 from checkpoint_engine.transport.messages import Message
 from checkpoint_engine.transport.peer.base import Deadline
 
@@ -137,7 +137,7 @@ class Wire(Closing, Generic[Incoming]):
             raise ProtocolError(f"{self.peer} announced a message of {length} bytes; {self.limit} is the limit")
         try:
             return self._decoder.decode(self._exactly(length, deadline, stage))
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        except NOT_DECODED as e:
             raise ProtocolError(f"{self.peer} sent something that is not a message: {e}") from e
 
     def receive_into(self, view: memoryview, deadline: Deadline, stage: str) -> None:
