@@ -1,6 +1,6 @@
 """Everything that only a host with GPUs can show, one stage after the other, each with a deadline; a table at the end.
 
-    python -m benchmarks.gpu --out OUT [--gpus 2] [--upstream FOLDER] [--budget 570] [--vllm] [STAGE ...]
+    python -m benchmarks.gpu --out OUT [--gpus 2] [--upstream FOLDER] [--budget 570] [--vllm [--known FOLDER]] [STAGE ...]
 
 Stages are run in their order, or in that in which they are named. One for which too little of the budget is left is left out, and
 the table says so. OUT gets each stage's log, and a JSON record a run in side.jsonl. FOLDER is where the wheel
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -27,6 +28,12 @@ SIDE = ROOT / "benchmarks" / "side" / "side.py"
 MODELS = {"tiny-moe": 60, "qwen3-8b": 60, "qwen3-32b": 120, "qwen3-30b-a3b": 120}
 """Model -> seconds that a run of five rounds takes at most, most of them for making and registering the weights."""
 
+VLLM_CASES = {
+    "ours": "ours:qwen3-30b-a3b:update_weights_from_ipc,bench_recorded",
+    "upstream": "upstream:qwen3-30b-a3b:update_weights_from_ipc,bench_plain",
+    "fp8": "ours:qwen3-30b-a3b-fp8:update_weights_from_ipc,bench_recorded",
+}
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -39,10 +46,14 @@ class Stage:
     needs: str = ""
 
 
-def stages(gpus: int, upstream: Path | None, out: Path) -> Iterator[Stage]:
+def stages(gpus: int, upstream: Path | None, out: Path, descriptions: Path | None) -> Iterator[Stage]:
     python = sys.executable
-    pytest = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    yield Stage("tests", [*pytest, "tests"], 240)
+    unwanted = ["-p", "no:cacheprovider", "-p", "no:benchmark"]  # the latter warns of xdist, and warnings are errors
+    pytest = [python, "-m", "pytest", "-v", "--tb=short", "--durations=15", "-m", "gpu", *unwanted]
+    alone = "gives_everything_back or test_devices_cuda"  # look at the free memory of all the device
+    several = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    yield Stage("tests", [*pytest, *several, "-k", f"not ({alone})", "tests"], 240)
+    yield Stage("tests-alone", [*pytest, "-k", alone, "tests"], 120)
     yield Stage("probe", [python, "-m", "checkpoint_engine", "probe", "--json"], 60)
     yield Stage("floor", [python, "-m", "benchmarks.pipeline_floor"], 120)
     yield Stage("digests", [python, "-m", "benchmarks.digests"], 60)
@@ -64,10 +75,14 @@ def stages(gpus: int, upstream: Path | None, out: Path) -> Iterator[Stage]:
         yield Stage(f"{model}:variants", [*launch, "-m", "benchmarks.variants", *records, model], 1.6 * seconds)
         yield side("upstream-2GB", PS_MAX_BUCKET_SIZE_GB="2")
     vllm = {"PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    yield Stage("vllm-correct", [python, "-m", "real_vllm.correctness", "--out", str(out / "vllm")], 570, vllm, "vllm")
-    timing = [python, "-m", "real_vllm.timing", "--out", str(out / "vllm"), "--upstream", str(upstream)]
-    kinds = ["ours:qwen3-30b-a3b", "upstream:qwen3-30b-a3b:update_weights_from_ipc,bench_plain"]
-    yield Stage("vllm-timing", [*timing, *kinds], 570, vllm, "upstream,vllm")
+    known = ["--known", str(descriptions)] if descriptions else []
+    correct = [python, "-m", "real_vllm.correctness", "--seconds", "280", "--servers", "16", "--recorded", *known]
+    yield Stage("vllm-correct", [*correct, "--out", str(out / "vllm")], 300, vllm, "vllm")
+    timing = [python, "-m", "real_vllm.timing", "--out", str(out / "vllm"), *known]
+    for label, cases in VLLM_CASES.items():
+        needs = "upstream,vllm" if label == "upstream" else "vllm"
+        more = ["--upstream", str(upstream)] if label == "upstream" else []
+        yield Stage(f"vllm-timing:{label}", [*timing, *more, cases], 200, vllm, needs)
 
 
 def run(stage: Stage, log: Path) -> int | None:
@@ -81,7 +96,8 @@ def run(stage: Stage, log: Path) -> int | None:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            for number in (signal.SIGTERM, signal.SIGKILL):  # torchrun ends its ranks, which are not of its group, on the first
+            # On the first pytest sums up, and torchrun ends its ranks, which are not of its group.
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
                 if process.poll() is None:
                     os.killpg(process.pid, number)
                     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -108,13 +124,14 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--upstream", type=Path)
     parser.add_argument("--vllm", action="store_true")
+    parser.add_argument("--known", type=Path, help="folder of vLLM's model descriptions, which make its starts shorter")
     parser.add_argument("--budget", type=float, default=570.0, help="seconds for all stages together")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + arguments.budget
     has = {"upstream": arguments.upstream is not None, "vllm": arguments.vllm}
     rows, failed = [], 0
-    every = list(stages(arguments.gpus, arguments.upstream, arguments.out))
+    every = list(stages(arguments.gpus, arguments.upstream, arguments.out, arguments.known))
     chosen = [s for name in arguments.names for s in every if s.name == name or s.name.startswith((f"{name}:", f"{name}-"))]
     if arguments.names and not chosen:
         parser.error(f"no such stage; there are {', '.join(s.name for s in every)}")

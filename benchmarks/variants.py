@@ -59,6 +59,14 @@ VARIANTS = {
 }
 
 
+def compare(shard: TPModel, expected: TPModel, spec: Sequence[Any]) -> list[str]:
+    """Names of the shard's parameters that are not what the model's own loader makes of the same weights."""
+    base = base_bytes().to("cuda" if CUDA else "cpu")
+    expected.load_weights((t[0], source(base, i, t)) for i, t in enumerate(spec))
+    pairs = ((name, p.view(torch.uint8), expected.p[name].view(torch.uint8)) for name, p in shard.p.items())
+    return [name for name, mine, right in pairs if not torch.equal(mine, right)]
+
+
 def worker(rank: int, world: int, model: str, requests: Any, replies: Any) -> None:
     from checkpoint_engine.worker import update_weights_from_ipc
 
@@ -82,10 +90,9 @@ def worker(rank: int, world: int, model: str, requests: Any, replies: Any) -> No
             more = {"model": module} if os.environ.get("CHECKPOINT_ENGINE_RECORDED_LOADS") == "on" else {}
             update_weights_from_ipc(None, handle, device_id=rank, run=shard.load_weights, post_hook=None, **more)
         else:
-            base, expected = base_bytes(), TPModel(spec, world, rank, device)
-            expected.load_weights((t[0], source(base, i, t).to(device)) for i, t in enumerate(spec))
-            pairs = ((name, p.view(torch.uint8), expected.p[name].view(torch.uint8)) for name, p in shard.p.items())
-            replies.put([name for name, mine, right in pairs if not torch.equal(mine, right)])
+            replies.put(compare(shard, TPModel(spec, world, rank, device), spec))
+            if CUDA:  # the memory of what was compared is not the update's
+                torch.cuda.empty_cache()
             continue
         wait()
         replies.put(None)

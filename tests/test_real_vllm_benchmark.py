@@ -73,7 +73,7 @@ def good() -> dict[str, Any]:
     """A run in which everything is right: A, then a spoiled B."""
     a, b = {"answers": [[1, 2]], "parameters": [{"w": ["aa", 64]}]}, {"answers": [[3, 4]], "parameters": [{"w": ["bb", 64]}]}
     status = {"rank": 0, "version": "A0", "dirty": False, "layers": {"bare": 3}, "staged_peak_bytes": 1 << 20}
-    report = {"seconds": 0.5, "stages": {"load_weights": {"seconds": 0.25}}, "pause_ms": 750.0}
+    report = {"seconds": 0.5, "stages": {"load_weights": {"seconds": 0.25}}, "pause_ms": 750.0, "ways": ["replayed"]}
     start = {"answers": [[0, 0]], "parameters": [{"w": ["00", 64]}]}
     step = {"version": "A0", "by": "push", "checkpoint": "A", "report": report, "status": [status], **a}
     step |= {"answered": 2, "failed": []}
@@ -92,6 +92,7 @@ def test_a_good_run_is_not_called_wrong() -> None:
         "dense",
         "1",
         "3 bare",
+        "1/1",
         "30",
         "0.500",
         "0.250",

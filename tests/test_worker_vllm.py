@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import pytest
@@ -11,7 +12,7 @@ from checkpoint_engine.worker import VllmColocateWorkerExtension
 from checkpoint_engine.worker.vllm_layers import EMBEDDING, EXPERTS, LINEAR, LayerFacts, Way, choose_way
 from checkpoint_engine.worker.vllm_models import default_dtype, draft_of, split
 from checkpoint_engine.worker.vllm_parts import Part, Parts, WatchedLayer, has_parts, muted, said
-from checkpoint_engine.worker.vllm_reload import without_tied
+from checkpoint_engine.worker.vllm_reload import MissingWeightsError, Reload, without_tied
 
 FP8 = "vllm.model_executor.layers.quantization.fp8.Fp8LinearMethod"
 
@@ -112,6 +113,63 @@ def test_parts_that_were_not_sent(layer: torch.nn.Module, parameter: str, seen: 
         parts.note(parameter, {"loaded_weight": torch.zeros(2, 2), "shard_id": shard, "expert_id": expert})
     assert parts.seen
     assert parts.missing == [f"layer.{parameter} ({said(part)})" for part in missing]
+
+
+def test_an_expert_that_is_smaller_than_the_others() -> None:
+    """As if the rest of it were padding, vLLM would leave there what there was."""
+    parts = Parts("layer", Experts(0))
+    parts.note("w2_weight", {"loaded_weight": torch.zeros(4, 2), "shard_id": "w2", "expert_id": 0})
+    parts.note("w13_weight", {"loaded_weight": torch.zeros(2, 4), "shard_id": "w1", "expert_id": 0})
+    with pytest.raises(ValueError, match=r"its shape is \(4, 1\), that of the experts before it \(4, 2\)"):
+        parts.note("w2_weight", {"loaded_weight": torch.zeros(4, 1), "shard_id": "w2", "expert_id": 1})
+
+
+class Renaming(torch.nn.Module):
+    """Its load_weights tells other names than its parameters have, as vLLM 0.26 does of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts(0)
+        self.experts.weight = torch.nn.Parameter(torch.zeros(4, 2), requires_grad=False)
+        self.norm = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+
+        def loader(param: torch.Tensor, loaded_weight: torch.Tensor, shard_id: str, expert_id: int) -> None:
+            param.data[expert_id].copy_(loaded_weight)
+
+        setattr(self.experts.weight, "weight_loader", loader)  # noqa: B010
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        told = set()
+        for name, tensor in weights:
+            if name == "norm":
+                self.norm.data.copy_(tensor)
+                told.add(name)
+            else:
+                vars(self.experts.weight)["weight_loader"](self.experts.weight, tensor, "w2", int(name))
+                told.add("experts.routed.weight")
+        return told
+
+
+def test_what_was_sent_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("checkpoint_engine.worker.vllm_reload.facts", lambda layer: LayerFacts(None, ""))
+    for asked in ("is_attention", "has_scales"):
+        monkeypatch.setattr(f"checkpoint_engine.worker.vllm_reload.{asked}", lambda layer: False)
+    model, whole = Renaming(), [("norm", torch.ones(2)), *[(str(expert), torch.ones(2)) for expert in (0, 1)]]
+    for sent, missing in (
+        (whole, ""),
+        (whole[1:], "'norm'"),
+        (whole[:1], "'experts.weight'"),
+        (whole[:2], r"'experts.weight \(expert 1, part w2\)'"),
+    ):
+        reload = Reload(model, None)
+        reload.begin()
+        reload.load(sent)
+        if missing:
+            with pytest.raises(MissingWeightsError, match=f"^nothing was sent for {missing}"):
+                reload.settle()
+        else:
+            reload.settle()
+        reload.abort()
 
 
 def test_nothing_was_sent() -> None:

@@ -2,23 +2,26 @@
 
 For every kind of model and TP size three servers: one loads checkpoint A itself, one B, and one starts from dummy weights and is
 updated A, B, A, then with spoiled ones (refused), B, A, and by the command line B. Greedy tokens of single prompts and a digest
-of every parameter must be the same. Servers share the GPUs and run side by side, as many as `--servers` says.
+of every parameter must be the same. With --recorded a fourth is updated in the same way whose loads are recorded and replayed.
+Servers share the GPUs and run side by side, as many as `--servers` says.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import json
 import shutil
 import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from real_vllm.judge import Row, judge, table
+from real_vllm.judge import HEADINGS, Row, judge, table
 from real_vllm.models import SHAPES, TINY, TINY_EXPERTS, random_tensors, save, spoil
 from real_vllm.server import ROOT, Host, Processes, Server, ServerDiedError, last_error, rpc, say, serve, state, torchrun
 
@@ -39,6 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tp", default="1,2", help="tensor-parallel sizes")
     parser.add_argument("--gpus", type=int, default=2, help="of this host; 0: vLLM's build for CPUs, tiny models")
     parser.add_argument("--servers", type=int, default=12, help="at once")
+    parser.add_argument("--recorded", action="store_true", help="one more server of each, with recorded loads")
     parser.add_argument("--seconds", type=float, default=520.0, help="for all of it; what is not done then is missing")
     parser.add_argument("--compilation", choices=("graphs", "default"), default="graphs", help="default: with inductor")
     parser.add_argument("--python", default=sys.executable, help="interpreter with vLLM")
@@ -95,9 +99,9 @@ class Run:
             server.wait()
             return state(server.url)
 
-    def live(self, kind: str, tp: int, gpus: list[int]) -> tuple[float, list[dict[str, Any]]]:
-        """Seconds until it was ready, and what was seen of the server that is updated."""
-        name = f"{kind}-tp{tp}-updated"
+    def live(self, kind: str, tp: int, gpus: list[int], recorded: str) -> tuple[float, list[dict[str, Any]]]:
+        """Seconds until it was ready, and what was seen of the server that is updated. recorded: on or off."""
+        name = f"{kind}-tp{tp}-recorded-{recorded}"
         seen, plan = self.work / f"{name}.json", self.work / f"{name}.plan.json"
         steps: list[dict[str, Any]] = [
             {"version": f"{letter}{i}", "checkpoint": str(self.work / kind / letter), "by": by, "requests": requests}
@@ -105,7 +109,8 @@ class Run:
             if by != "cli"
         ]
         flags = [*self.flags(), "--load-format", "dummy"]
-        with serve(self.host, self.processes, name, self.work / kind / "A", tp, gpus, *flags) as server:
+        host = dataclasses.replace(self.host, settings={"CHECKPOINT_ENGINE_RECORDED_LOADS": recorded})
+        with serve(host, self.processes, name, self.work / kind / "A", tp, gpus, *flags) as server:
             plan.write_text(json.dumps({"url": server.url, "out": str(seen), "steps": steps}))
             ready = server.wait()
             self._ranks(server, tp, gpus, self.work / f"{name}.ranks.log", "real_vllm.updates", str(plan))
@@ -148,7 +153,8 @@ def twice(function: Any, *args: Any) -> Any:
         return function(*args)
 
 
-def judged(kind: str, tp: int, futures: dict[str, concurrent.futures.Future[Any]], results: dict[str, Any]) -> Row:
+def judged(kind: str, tp: int, futures: dict[str, concurrent.futures.Future[Any]], results: dict[str, Any]) -> Iterator[Row]:
+    """A row for each server that was updated, and one more where something is missing."""
     found: dict[str, Any] = {}
     wrong: list[str] = []
     for name, future in futures.items():
@@ -158,11 +164,13 @@ def judged(kind: str, tp: int, futures: dict[str, concurrent.futures.Future[Any]
             wrong.append(f"{name}: out of time")
         except Exception as e:
             wrong.append(f"{name}: {type(e).__name__}: {e}")
-    results[f"{kind}-tp{tp}"] = found
+    results[f"{kind}-tp{tp}"] = dict(found)
+    lives = {way: found.pop(way) for way in ("updated", "recorded") if way in found}
     if wrong:
-        return Row((kind, str(tp), *["-"] * 11), tuple(wrong))
-    ready, steps = found.pop("updated")
-    return judge(kind, tp, ready, steps, found)
+        yield Row((kind, str(tp), *["-"] * (len(HEADINGS) - 2)), tuple(wrong))
+    if {"A", "B"} <= found.keys():
+        for way, (ready, steps) in lives.items():
+            yield judge(kind if way == "updated" else f"{kind} {way}", tp, ready, steps, found)
 
 
 def main() -> int:
@@ -179,8 +187,10 @@ def main() -> int:
             say(f"[{time.monotonic() - start:.0f} s] {kind}: checkpoints made")
             for tp in sorted(map(int, options.tp.split(",")), reverse=True):
                 gpus = run.place(tp)
-                jobs[kind, tp] = {
-                    "updated": pool.submit(twice, run.live, kind, tp, gpus),
+                jobs[kind, tp] = {"updated": pool.submit(twice, run.live, kind, tp, gpus, "off")}
+                if options.recorded:
+                    jobs[kind, tp]["recorded"] = pool.submit(twice, run.live, kind, tp, gpus, "on")
+                jobs[kind, tp] |= {
                     "A": pool.submit(twice, run.reference, kind, tp, gpus, "A"),
                     "B": pool.submit(twice, run.reference, kind, tp, gpus, "B"),
                 }
@@ -195,7 +205,7 @@ def main() -> int:
         run.processes.end()
         pool.shutdown(wait=True)
     results: dict[str, Any] = {}
-    rows = [judged(kind, tp, futures, results) for (kind, tp), futures in jobs.items()]
+    rows = [row for (kind, tp), futures in jobs.items() for row in judged(kind, tp, futures, results)]
     text = table(rows)
     (options.out / "table.txt").write_text(text + "\n")
     (options.out / "results.json").write_text(json.dumps(results))

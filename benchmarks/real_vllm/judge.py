@@ -9,8 +9,8 @@ from typing import Any
 
 State = Mapping[str, Any]
 HEADINGS = (
-    "model", "tp", "layers", "ready s", "update s", "load_weights s", "pause s", "staged MiB", "tokens", "digests", "moved",
-    "bad refused", "in flight",
+    "model", "tp", "layers", "replayed", "ready s", "update s", "load_weights s", "pause s", "staged MiB", "tokens", "digests",
+    "moved", "bad refused", "in flight",
 )  # fmt: skip
 
 
@@ -62,6 +62,7 @@ def judge(name: str, tp: int, ready: float, steps: Sequence[Mapping[str, Any]], 
         name,
         str(tp),
         _layers(good),
+        _replayed(good),
         f"{ready:.0f}",
         *_times(good),
         f"{tokens}/{len(good)}",
@@ -104,6 +105,12 @@ def _refused(step: Mapping[str, Any]) -> str:
 def _layers(good: Sequence[Mapping[str, Any]]) -> str:
     ways: Mapping[str, int] = next((s["layers"] for step in good for s in step.get("status", ()) if "layers" in s), {})
     return " ".join(f"{count} {way}" for way, count in sorted(ways.items())) or "-"
+
+
+def _replayed(good: Sequence[Mapping[str, Any]]) -> str:
+    """Of the updates that reported, how many made copies by load plans on all workers."""
+    ways = [step["report"]["ways"] for step in good if "report" in step]
+    return f"{sum(list(way) == ['replayed'] for way in ways)}/{len(ways)}"
 
 
 def _times(good: Sequence[Mapping[str, Any]]) -> tuple[str, str, str, str]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Host:
     work     folder for logs and caches; every server has a cache of its own
     known    folder of vLLM's model descriptions (VLLM_CACHE_ROOT/modelinfos), which make starts shorter; or None
     gpus     0: vLLM's build for CPUs
+    settings more environment variables
     """
 
     python: str
@@ -51,6 +52,7 @@ class Host:
     work: Path
     known: Path | None
     gpus: int
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def environment(self, gpus: Sequence[int]) -> dict[str, str]:
         paths = [str(self.source), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -62,7 +64,7 @@ class Host:
             settings["VLLM_ALLREDUCE_USE_SYMM_MEM"] = "0"
         else:
             settings["CHECKPOINT_ENGINE_DEVICE"] = "cpu"
-        return {**os.environ, **settings}
+        return {**os.environ, **settings, **self.settings}
 
 
 class Processes:

@@ -1,8 +1,9 @@
 """How long does an update of a real vLLM server take, by which implementation and which way of loading?
 
 Runs one case after the other: IMPLEMENTATION:MODEL[:METHOD,...]. IMPLEMENTATION: ours or upstream. MODEL: one of models.py.
-METHOD: update_weights_from_ipc (the implementation's own extension; the default), bench_plain (bare load_weights) or
-bench_layerwise (vLLM's own layerwise reload). A line for each round, then a table; figures are medians without the first round.
+METHOD: update_weights_from_ipc (the implementation's own extension; the default), bench_recorded (the same with recorded loads;
+only ours), bench_plain (bare load_weights) or bench_layerwise (vLLM's own layerwise reload). A line for each round, then a
+table; figures are medians without the first round.
 """
 
 from __future__ import annotations

@@ -89,9 +89,9 @@ def worker(rank, tp, uuid, model, verify, recorded, requests, replies):
         replies.put(inside)
     wrong = []
     if verify:
-        base = base_bytes()
+        base = base_bytes().to(device)
         expected = TPModel(spec, tp, rank, device)
-        expected.load_weights((t[0], source(base, i, t).to(device)) for i, t in enumerate(spec))
+        expected.load_weights((t[0], source(base, i, t)) for i, t in enumerate(spec))
         wrong = [k for k in shard.p if not torch.equal(shard.p[k].view(torch.uint8), expected.p[k].view(torch.uint8))]
     replies.put(wrong)
 

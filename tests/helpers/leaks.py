@@ -41,7 +41,7 @@ def children() -> list[psutil.Process]:
 
 def shm_files() -> set[str]:
     names = {entry.name for entry in os.scandir(SHM)} if SHM.is_dir() else set()
-    others = rf"ckpt-test-(?!{os.getpid()}-)|sem\.|psm_|vllm"  # other runs, and an engine that may run beside this one
+    others = rf"ckpt-test-(?!{os.getpid()}-)|sem\.|psm_|vllm|cuda\.shm\."  # other runs; engines; the driver
     return {name for name in names if not re.match(others, name) and _ours(name)}
 
 

@@ -26,11 +26,12 @@ class Parts:
     def __init__(self, name: str, layer: torch.nn.Module) -> None:
         self._name, self._layer = name, layer
         self._seen: dict[str, set[Part]] = {}
+        self._shapes: dict[tuple[str, Any], torch.Size] = {}  # of one expert's tensors, by (parameter, shard)
         self._known: set[tuple[str, torch.dtype]] = set()
 
     def note(self, parameter: str, arguments: Mapping[str, Any]) -> None:
-        """arguments: what a loader is called with, by name. Raises ValueError for a tensor of a quantized checkpoint whose
-        parameter is not quantized: vLLM would take its numbers without their scale."""
+        """arguments: what a loader is called with, by name. Raises ValueError for what vLLM would take without a word: a tensor of
+        a quantized checkpoint whose parameter is not quantized, without its scale; and an expert that is smaller than the others."""
         sent = arguments.get("loaded_weight")
         if isinstance(sent, torch.Tensor) and (parameter, sent.dtype) not in self._known:
             _refuse_quantized(parameter, getattr(self._layer, parameter, None), sent.dtype)
@@ -38,15 +39,24 @@ class Parts:
         expert, shard = arguments.get("expert_id"), arguments.get("loaded_shard_id", arguments.get("shard_id"))
         if expert is not None and isinstance(sent, torch.Tensor) and sent.dim() == 3:
             expert = None  # a tensor of all experts
+        if expert is not None and isinstance(sent, torch.Tensor):
+            self._refuse_other_shape(parameter, shard, sent.shape)
         seen = self._seen.setdefault(parameter, set())
         if isinstance(shard, (tuple, list)) and shard:
             seen.update((expert, each) for each in shard)
         else:
             seen.add((expert, shard if isinstance(shard, (int, str)) else None))
 
+    def _refuse_other_shape(self, parameter: str, shard: Any, shape: torch.Size) -> None:
+        """vLLM leaves what a tensor is too small for as it was, for it may be padding; but padding is the same for all."""
+        others = self._shapes.setdefault((parameter, shard), shape)
+        if others != shape:
+            raise ValueError(f"its shape is {tuple(shape)}, that of the experts before it {tuple(others)}")
+
     @property
-    def seen(self) -> bool:
-        return bool(self._seen)
+    def seen(self) -> frozenset[str]:
+        """Names of the parameters that anything was sent for, in the model."""
+        return frozenset(f"{self._name}.{parameter}" if self._name else parameter for parameter in self._seen)
 
     @property
     def missing(self) -> list[str]:

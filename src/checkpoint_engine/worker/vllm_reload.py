@@ -188,8 +188,8 @@ class Reload:
         if not self._replayed <= self._sent and not missing:
             return  # the checkpoint of a load plan, whose completeness was checked when it was proved
         missing += [name for layer in self._watched for name in layer.parts.missing]
-        if self._loaded is not None:
-            missing += sorted(self._expected - self._loaded)
+        if self._loaded is not None:  # 0.26 tells other names of experts than they have
+            missing += sorted(self._expected.difference(self._loaded, *(layer.parts.seen for layer in self._watched)))
         if not missing:
             return
         reason = f"nothing was sent for {_list(missing)}"
