@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from checkpoint_engine.devices.base import get_device
 from checkpoint_engine.errors import IntegrityError, ProtocolError, UpdateError
 from checkpoint_engine.loads.plan import Copy, LoadersTensor, LoadPlan, PlannedTensor, Slot, Storage
 from checkpoint_engine.loads.replay import Prepared
@@ -27,10 +28,11 @@ from checkpoint_engine.planning.slices import Slice, Taken
 from checkpoint_engine.ps import ParameterServer
 from checkpoint_engine.server.expected import Expected
 from checkpoint_engine.server.slices import SliceBook, SliceCheck
-from checkpoint_engine.transport.messages import Slicing, Table
+from checkpoint_engine.transport.messages import Attach, Slicing, Table
 from checkpoint_engine.worker import slices
 from checkpoint_engine.worker.check import Check
-from checkpoint_engine.worker.slices import Piece, SliceSums, _cut, taken_of, with_slices
+from checkpoint_engine.worker.sliced_check import with_slices
+from checkpoint_engine.worker.slices import Asked, Piece, SliceSums, _cut, taken_of
 from helpers import recorded
 from helpers.fleet import Worker, server, share_of, worker_processes
 from helpers.ranks import run_ranks
@@ -364,13 +366,18 @@ def test_without_digests_nobody_is_asked() -> None:
 # --- a worker's part -------------------------------------------------------------------------------------------------------
 
 TABLES = (Table(0, 64, (Item("t0", "uint8", (24,), 0, 24), Item("t1", "uint8", (24,), 32, 24))),)
+CPU = get_device("cpu")
+
+
+def asking(slicing: Slicing) -> Attach:
+    return Attach(0, (), "a plan", TABLES, slicing=slicing)
 
 
 def test_without_a_replay_sums_are_those_of_the_servers_memory() -> None:
     memory = torch.zeros(64, dtype=torch.uint8)
     memory[:24], memory[32:56] = CONTENT, CONTENT
     taken = Taken(((LEFT,), (RIGHT,)))
-    with with_slices(Check(), Slicing(("x",), b"\x03"), {"x": taken}, TABLES, [memory], None, 20.0) as check:
+    with with_slices(Check(), asking(Slicing(("x",), b"\x03")), {"x": taken}, TABLES, [memory], None, CPU, 20.0) as check:
         check.begin(0, None)
         check.before_load(0)
         memory.zero_()  # overwritten by a later bucket
@@ -383,7 +390,7 @@ def test_without_a_replay_sums_are_those_of_the_servers_memory() -> None:
 @pytest.mark.parametrize("slicing", [Slicing(("y",), b"\x03"), Slicing((), b"\x03"), Slicing(("x",), b"\x03\0")])
 def test_what_a_server_asks_for_must_fit(slicing: Slicing) -> None:
     with pytest.raises(ProtocolError, match="slices"):
-        with_slices(Check(), slicing, {"x": Taken(((LEFT,), (RIGHT,)))}, TABLES, [], None, 20.0)
+        with_slices(Check(), asking(slicing), {"x": Taken(((LEFT,), (RIGHT,)))}, TABLES, [], None, CPU, 20.0)
 
 
 def test_what_a_worker_tells_is_what_a_server_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +415,7 @@ def test_what_a_worker_tells_is_what_a_server_accepts(monkeypatch: pytest.Monkey
 
 
 def test_a_slice_outside_of_its_tensor() -> None:
-    sums = SliceSums(Slicing(("x",), b"\x01"), Taken(((Slice(20, 8),), ())), TABLES, None)
+    sums = SliceSums(Asked(Slicing(("x",), b"\x01"), Taken(((Slice(20, 8),), ())), TABLES), None)
     with contextlib.closing(sums), pytest.raises(ProtocolError, match="outside of 't0'"):
         sums.arrived(0, [torch.zeros(64, dtype=torch.uint8)], 20.0)
 

@@ -16,7 +16,8 @@ BLOCK = 1024
 HOST_PROGRAMS = 32
 """Programs when a source is in host memory: 16 to 32 fill a PCIe 5 link (50.5 of 54 GB/s on an H200) and leave the rest of the
 device alone."""
-_COLUMNS = 16  # see `_row`
+COLUMNS = 16
+"""Of a descriptor."""
 _MAX_UNITS = (1 << 31) - BLOCK
 
 
@@ -44,10 +45,10 @@ class Gather:
     def _launch(self, programs: int) -> None:
         arguments = (self._table, self._tiles, self._bases_there, self._tiles.shape[0])
         if self._device.type != "cuda":  # Triton's interpreter
-            _gather[(programs,)](*arguments, BLOCK=BLOCK, COLUMNS=_COLUMNS)
+            _gather[(programs,)](*arguments, BLOCK=BLOCK, COLUMNS=COLUMNS)
             return
         with torch.cuda.device(self._device):
-            _gather[(programs,)](*arguments, BLOCK=BLOCK, COLUMNS=_COLUMNS, num_warps=8)
+            _gather[(programs,)](*arguments, BLOCK=BLOCK, COLUMNS=COLUMNS, num_warps=8)
 
     def _many(self) -> int:
         if self._device.type != "cuda":
@@ -58,18 +59,22 @@ class Gather:
         rows = []
         for move in self._moves:
             target = self._storages[move.storage].data_ptr() + move.target
-            rows += _rows(move, target, math.gcd(move.unit, alignment[move.memory], target))
+            rows += descriptors(move, target, math.gcd(move.unit, alignment[move.memory], target))
         table = torch.tensor(rows, dtype=torch.int64)
-        tiles = (table[:, 5] + BLOCK - 1) // BLOCK
-        owner = torch.arange(len(rows)).repeat_interleave(tiles)
-        first = (tiles.cumsum(0) - tiles)[owner]
-        numbered = torch.stack([owner, torch.arange(len(owner)) - first], 1).to(torch.int32)
-        self._table, self._tiles = table.to(self._device), numbered.to(self._device)
+        self._table, self._tiles = table.to(self._device), tiled(table, BLOCK).to(self._device)
         self._made_for = alignment
 
 
-def _rows(move: Move, target: int, unit: int) -> list[list[int]]:
-    """Descriptors: memory, source, target's address, unit, units a run, units in all, sizes, and strides on both sides.
+def tiled(table: torch.Tensor, units: int) -> torch.Tensor:
+    """int32, (tiles, 2): number of a descriptor, and of the tile of so many units in it; in their order."""
+    tiles = (table[:, 5] + units - 1) // units
+    owner = torch.arange(len(table)).repeat_interleave(tiles)
+    first = (tiles.cumsum(0) - tiles)[owner]
+    return torch.stack([owner, torch.arange(len(owner)) - first], 1).to(torch.int32)
+
+
+def descriptors(move: Move, target: int, unit: int) -> list[list[int]]:
+    """int64 each: memory, source, target's address, unit, units a run, units in all, sizes, and strides on both sides.
 
     One, unless it has more units than 32 bits count: then its longest side is cut.
     """
@@ -87,7 +92,7 @@ def _rows(move: Move, target: int, unit: int) -> list[list[int]]:
             s, t = move.source_strides[dim] * half, move.target_strides[dim] * half
             resized = [(*move.sizes[:dim], n, *move.sizes[dim + 1 :]) for n in (half, sizes[dim] - half)]
             parts = [(move._replace(sizes=resized[0]), 0, 0), (move._replace(sizes=resized[1]), s, t)]
-        return [row for part, s, t in parts for row in _rows(part._replace(source=part.source + s), target + t, unit)]
+        return [row for part, s, t in parts for row in descriptors(part._replace(source=part.source + s), target + t, unit)]
     pad = (0,) * (MAX_DIMS - len(move.sizes))
     sizes = (*(1 for _ in pad), *move.sizes)
     return [

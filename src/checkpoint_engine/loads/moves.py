@@ -68,7 +68,7 @@ def moves(plan: LoadPlan, sources: Iterable[Source], max_dims: int | None = None
             groups[source.memory, c.storage, c.run, c.sizes, *strides].append(move)
     found = [move for group in groups.values() for move in _fewest(group)]
     if max_dims is not None:
-        found = [part for move in found for part in _split(move, max_dims)]
+        found = [part for move in found for part in split(move, max_dims)]
     return found
 
 
@@ -114,7 +114,8 @@ def _joined(head: Move, count: int, source_step: int, step: int) -> Move:
     )
 
 
-def _split(move: Move, max_dims: int) -> Sequence[Move]:
+def split(move: Move, max_dims: int) -> Sequence[Move]:
+    """The same bytes by moves of no more sizes than that."""
     if len(move.sizes) <= max_dims:
         return (move,)
     # The smallest dimension makes the fewest pieces.
@@ -124,4 +125,4 @@ def _split(move: Move, max_dims: int) -> Sequence[Move]:
     parts = (
         Move(move.memory, move.source + i * s, move.storage, move.target + i * t, move.run, *rest) for i in range(move.sizes[dim])
     )
-    return [piece for part in parts for piece in _split(part, max_dims)]
+    return [piece for part in parts for piece in split(part, max_dims)]

@@ -75,7 +75,7 @@ class Replayer:
         plan.check()
         self.plan, self._model = plan, model
         devices = {raw.device for raw in model.bytes}
-        self._kernel = len(devices) == 1 and next(iter(devices)).type == "cuda"
+        self.kernel = len(devices) == 1 and next(iter(devices)).type == "cuda"
 
     def prepare(self, sources: Iterable[Source]) -> Prepared:
         """Work out what to do for a bucket whose tensors lie at `sources`. Takes some 10 us a tensor; keep it."""
@@ -86,11 +86,11 @@ class Replayer:
                 raise LoadPlanError("it lies before the start of its memory", tensor.name)
         held: list[Move] = []
         staged: dict[str, list[Move]] = {layer: [] for layer in self._layers(planned)}
-        for move in moves(self.plan, [by_name[t.name] for t in planned], MAX_DIMS if self._kernel else None):
+        for move in moves(self.plan, [by_name[t.name] for t in planned], MAX_DIMS if self.kernel else None):
             slot = self.plan.storages[move.storage].slot
             (held if slot is None else staged[slot.layer]).append(move)
-        found = [StagedMoves(self.plan, layer, mine, kernel=self._kernel) for layer, mine in staged.items()]
-        return Prepared(held, rest, _way(held, self._model.bytes, kernel=self._kernel), found)
+        found = [StagedMoves(self.plan, layer, mine, kernel=self.kernel) for layer, mine in staged.items()]
+        return Prepared(held, rest, _way(held, self._model.bytes, kernel=self.kernel), found)
 
     def _layers(self, planned: Iterable[PlannedTensor]) -> list[str]:
         """Staged layers that these tensors go to, in their order."""

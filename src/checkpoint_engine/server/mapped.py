@@ -14,11 +14,16 @@ from typing import Any
 from checkpoint_engine.devices.base import Closing, SharedHandle
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.memory.region import HostRegion
-from checkpoint_engine.planning.mapped import mapped_items
+from checkpoint_engine.planning.mapped import grouped, mapped_items, without_ring
+from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.transport.channel import MAX_DESCRIPTORS
 from checkpoint_engine.transport.descriptors import SharedDescriptor
 from checkpoint_engine.transport.messages import Attach, StageStats, Table
+
+PULLED_BYTES = 512 << 20
+"""Of tensors that a device pulls at a time. What its loader must get instead of a replay is copied there meanwhile."""
 
 
 def describe(regions: Sequence[HostRegion]) -> tuple[SharedDescriptor, ...] | None:
@@ -54,21 +59,32 @@ class OpenRegions(Closing):
 
 
 class MappedPass(Pass):
-    """A pass whose buckets are all there from the start: they only have to be loaded."""
+    """A pass whose buckets are all there from the start: they only have to be loaded.
 
-    def __init__(self, source: OpenRegions, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._source = source
+    A device pulls many of them at a time: what a launch and the messages about it cost adds up.
+    """
+
+    def __init__(self, source: OpenRegions, plan: Plan, lane: Lane, *args: Any, **options: Any) -> None:
+        groups = grouped(plan, 0 if lane.device.kind == "cpu" else PULLED_BYTES)
+        super().__init__(without_ring(plan, groups), lane, *args, **options)
+        self._source, self._shared_plan, self._groups = source, plan, groups
+
+    def run(self) -> dict[str, StageStats]:
+        stats = super().run()
+        if len(self._groups) < len(self._shared_plan.buckets):
+            self.heard.needs = b""  # of groups, not of buckets
+        return stats
 
     def _drive(self) -> None:
         for index in range(len(self._plan.buckets)):
             self._arrived.put((index, None))
 
     def _attachment(self) -> tuple[Attach, tuple[int, ...]]:
-        digest = f"mapped-{self._plan.digest}"
+        digest = f"mapped-{self._shared_plan.digest}"
         tables = None
         if digest not in self._known:
-            tables = tuple(Table(0, 0, items) for items in mapped_items(self._plan, self._source.manifest))
+            located = mapped_items(self._shared_plan, self._source.manifest)
+            tables = tuple(Table(0, 0, tuple(i for n in group for i in located[n])) for group in self._groups)
         return Attach(self._lane.rank, self._source.handles, digest, tables), self._source.descriptors
 
     def _stats(self) -> dict[str, StageStats]:

@@ -17,7 +17,7 @@ from checkpoint_engine.manifest import Manifest, hex_digest
 from checkpoint_engine.planning.cost import H200, H200_PULL, predict_pull, predict_replayed
 from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.server.mapped import OpenRegions
-from checkpoint_engine.server.offer import Offer, verified
+from checkpoint_engine.server.offer import Offer
 from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.links import Links
@@ -41,8 +41,8 @@ def regions_digest(offers: Sequence[Offer]) -> str:
 
 def choose_method(offers: Sequence[Offer], broadcast: Callable[[], float]) -> Method:
     """Pull where some rank insists on it; broadcast where one insists on that. Otherwise, where workers need no preparation (on
-    CPUs), pull if it is possible, else if they have their load plans ready, and it is predicted to be faster; but not to check
-    digests, for which the host would have to read everything. broadcast: how many seconds that is predicted to take.
+    CPUs), pull if it is possible, else if they have their load plans ready, and it is predicted to be faster. broadcast: how many
+    seconds that is predicted to take.
 
     Raises AgreementError when it must be and cannot.
     """
@@ -58,8 +58,6 @@ def choose_method(offers: Sequence[Offer], broadcast: Callable[[], float]) -> Me
         return Method(pull=False)
     if all(offer.maps for offer in offers):
         return Method(pull=True)
-    if verified(offers, "cuda"):
-        return Method(pull=False)
     reads = [offer.reads for offer in offers]
     if min(reads) < 0 or predict_pull(reads, H200_PULL) >= broadcast():
         return Method(pull=False)

@@ -18,19 +18,20 @@ from checkpoint_engine.transport.messages import Table
 from checkpoint_engine.worker.slices import taken_of
 
 KEPT_PLANS = 4
-"""Checkpoints (by the tensors' names, shapes and buckets) that are remembered of one model."""
+"""Checkpoints (by the tensors' names, shapes and order) that are remembered of one model."""
 KEPT_LAYOUTS = 2
 """Of a plan: places where a checkpoint's tensors have lain (the ring, regions). On a GPU each takes 8 bytes for every 16 KiB."""
 
-
+MAX_UNTOLD = 256 << 20
+"""Bytes of which it is not told what is taken of them, for a device to pull: the host checks some 5 GB/s a core."""
 KEPT_FINGERPRINTS = 8
 _fingerprints: collections.OrderedDict[str, str] = collections.OrderedDict()  # by the digest of a plan's tables
 
 
 def checkpoint_of(layout: str, tables: Sequence[Table]) -> str:
-    """The checkpoint's fingerprint. layout: what `tables` are kept under."""
+    """The checkpoint's fingerprint, in however many buckets it comes. layout: what `tables` are kept under."""
     if layout not in _fingerprints:
-        _fingerprints[layout] = checkpoint_fingerprint([[(i.name, i.dtype, i.shape) for i in t.items] for t in tables])
+        _fingerprints[layout] = checkpoint_fingerprint([[(i.name, i.dtype, i.shape) for t in tables for i in t.items]])
         while len(_fingerprints) > KEPT_FINGERPRINTS:
             _fingerprints.popitem(last=False)
     return _fingerprints[layout]
@@ -50,14 +51,15 @@ class Runnable:
     """A plan on the model it was recorded on, and what was worked out for each layout of its checkpoint.
 
     It does not keep the model's memory: use it while the model has the fingerprint that it was recorded with.
-    taken: what it takes of the checkpoint's tensors, and its name, once `buckets` was asked for.
+    taken: what it takes of the checkpoint's tensors, and its name, once `buckets` was asked for. untold: bytes of the tensors of
+    which it takes something and does not tell what.
     """
 
     def __init__(self, plan: LoadPlan, model: Model) -> None:
         """Raises LoadPlanError. written: the first tensor of each storage that a replay writes."""
         self.plan, self._model = plan, model.unheld()
         self._replayer = Replayer(plan, self._model)
-        self.taken, self.taken_name = Taken(()), ""
+        self.taken, self.taken_name, self.untold = Taken(()), "", 0
         into = {copy.storage for tensor in plan.planned for copy in tensor.copies}
         self.written = frozenset(plan.storages[number].names[0] for number in into)
         self._layouts: collections.OrderedDict[str, tuple[PreparedBucket, ...]] = collections.OrderedDict()
@@ -65,8 +67,9 @@ class Runnable:
     def buckets(self, layout: str, tables: Sequence[Table]) -> tuple[PreparedBucket, ...]:
         """layout: what `tables` are kept under. Raises LoadPlanError, and ImportError where a device needs Triton."""
         if not self.taken_name:
-            self.taken = taken_of(self.plan, tables)
+            self.taken = taken_of(self.plan, tables, 0 if self._replayer.kernel else None)
             self.taken_name = self.taken.name
+            self.untold = self._untold(tables)
         if layout not in self._layouts:
             self._layouts[layout] = tuple(self._prepare(table) for table in tables)
             while len(self._layouts) > KEPT_LAYOUTS:
@@ -85,8 +88,16 @@ class Runnable:
         used = tuple(n for n, i in enumerate(table.items) if i.name in rest or self.plan.by_name[i.name].copies)
         return PreparedBucket(prepared, names, rest, used)
 
-    def reads(self, tables: Sequence[Table]) -> int:
-        """Bytes that a pass reads of the servers' memory: what is replayed, and all of each tensor that the loader gets."""
+    def _untold(self, tables: Sequence[Table]) -> int:
+        parts = zip(self.taken.parts, (item for table in tables for item in table.items), strict=True)
+        by_name = self.plan.by_name
+        return sum(i.nbytes for part, i in parts if part is None and (i.name not in by_name or by_name[i.name].copies))
+
+    def reads(self, tables: Sequence[Table], *, checked: bool) -> int:
+        """Bytes that a pass reads of the servers' memory: what is replayed, and all of each tensor that the loader gets. checked:
+        digests are. -1: then a device had better not read there, for the host would have to check too much of it whole."""
+        if checked and self.untold > MAX_UNTOLD:
+            return -1
         left = {tensor.name for tensor in self.plan.loader}
         return self.plan.nbytes + sum(item.nbytes for table in tables for item in table.items if item.name in left)
 

@@ -42,7 +42,7 @@ class Loads:
     way       of the last stream
     spent     seconds by what was done beside and instead of loading: record, prove, replay
     notes     for people: why a plan was not made, or not used
-    offered   what this worker takes by the plans that it has, by name; nothing on a GPU, where sums of slices cannot be made yet
+    offered   what this worker takes by the plans that it has, by name
     """
 
     def __init__(self, run: LoadWeights, engine: Recordable | None, device: Device) -> None:
@@ -50,7 +50,7 @@ class Loads:
         self.way = Way.LOADER
         self.spent: dict[str, float] = {}
         self.notes: list[str] = []
-        plans = trusted(engine.module) if engine is not None and device.kind == "cpu" else []
+        plans = trusted(engine.module) if engine is not None else []
         self.offered = {plan.taken_name: plan.taken for plan in plans}
         self._checkpoint = ""
         self._tables: tuple[Table, ...] = ()
@@ -246,10 +246,10 @@ class Loads:
             self._recorder.__exit__(None, None, None)
             self._recorder = None
 
-    @property
-    def reads(self) -> int:
-        """Bytes that the next replay of this checkpoint reads; -1: it would not be replayed."""
-        return self._plan.reads(self._tables) if self._trusted and self._plan is not None else -1
+    def reads(self, *, checked: bool) -> int:
+        """Bytes that the next replay of this checkpoint reads; -1: it would not be replayed, or not pulled. checked: see
+        Runnable.reads."""
+        return self._plan.reads(self._tables, checked=checked) if self._trusted and self._plan is not None else -1
 
     @property
     def needs(self) -> bytes:
@@ -260,7 +260,7 @@ class Loads:
     @property
     def taken(self) -> bytes:
         """What the next replay of this checkpoint takes, encoded; empty: it would not be replayed."""
-        return self._plan.taken.encode() if self._trusted and self._plan is not None and self._device.kind == "cpu" else b""
+        return self._plan.taken.encode() if self._trusted and self._plan is not None else b""
 
     @property
     def replaying(self) -> Runnable | None:

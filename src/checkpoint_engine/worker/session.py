@@ -46,7 +46,7 @@ from checkpoint_engine.worker.attached import known_plans, mappings, tables_of, 
 from checkpoint_engine.worker.check import Check, make_check
 from checkpoint_engine.worker.failing import Failure, failing
 from checkpoint_engine.worker.recorded import Loads, LoadWeights
-from checkpoint_engine.worker.slices import with_slices
+from checkpoint_engine.worker.sliced_check import with_slices
 from checkpoint_engine.worker.state import WeightsState, weights_state
 from checkpoint_engine.worker.views import Views
 from checkpoint_engine.worker.work import Work
@@ -117,7 +117,8 @@ class _Session:
         self.device.bind_thread()
         recorded = settings.recorded_loads == "on" or (settings.recorded_loads == "auto" and self.device.kind == "cpu")
         self.loads = Loads(run, model if recorded else None, self.device)
-        self.soiled, self._tell, self._sums = False, False, b""
+        self.soiled = self._checked = self._tell = False
+        self._sums = b""
         self._work = Work(self.device)
         self._queued: collections.deque[tuple[Loaded, Event, float]] = collections.deque()
 
@@ -172,9 +173,9 @@ class _Session:
 
     def _make_check(self, attach: Attach, tables: tuple[Table, ...], memories: Sequence[torch.Tensor]) -> Check:
         seconds, at_work, loads = self.settings.timeout, self._work.checks, self.loads
-        self._tell, self._sums = attach.slicing.tell, b""
+        self._checked, self._tell, self._sums = bool(attach.digests), attach.slicing.tell, b""
         whole = make_check(attach, tables, memories, self.device, seconds, at_work)
-        return with_slices(whole, attach.slicing, loads.offered, tables, memories, loads.replaying, seconds, at_work)
+        return with_slices(whole, attach, loads.offered, tables, memories, loads.replaying, self.device, seconds, at_work)
 
     def _buckets(self, coming: Coming, check: Check) -> Iterator[int]:
         """Numbers of the stream's buckets, as they are to be loaded; the check of each begins when it is there. Raises
@@ -258,7 +259,7 @@ class _Session:
                 self.post_hook()
             self.device.synchronize()
         seconds = self._work.did("post_hook", start)
-        reads = self.loads.reads if self.device.reads_regions else -1
+        reads = self.loads.reads(checked=self._checked) if self.device.reads_regions else -1
         taken = self.loads.taken if self._tell else b""
         self._send(Ready(seconds, self._spent(), self.loads.way.value, reads, self.loads.needs, self._sums, taken))
 

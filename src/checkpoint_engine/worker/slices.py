@@ -7,16 +7,18 @@ servers' memory: so the others' slices can be checked all the same.
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from typing import NamedTuple, Protocol
 
 import torch
 
+from checkpoint_engine.devices.base import Closing
 from checkpoint_engine.devices.busy import Busy
 from checkpoint_engine.devices.host_digests import BLOCK_BYTES, THREADS, AtWork
 from checkpoint_engine.errors import DeadlineError, ProtocolError
@@ -27,10 +29,9 @@ from checkpoint_engine.planning.bits import unpack_bits
 from checkpoint_engine.planning.digests import pack
 from checkpoint_engine.planning.slices import MAX_DIMS, MAX_SLICES, Slice, Taken
 from checkpoint_engine.transport.messages import Slicing, Table
-from checkpoint_engine.worker.check import Check
 
 SMALL_BYTES = 1 << 16
-"""Tensors below this are checked whole: a sum of their slices takes as long."""
+"""Tensors below this are checked whole by threads: a sum of their slices takes as long."""
 
 
 class Piece(NamedTuple):
@@ -53,29 +54,33 @@ class Replaying(Protocol):
     def storages(self) -> Sequence[torch.Tensor]: ...
 
 
-def taken_of(plan: LoadPlan, tables: Sequence[Table]) -> Taken:
-    """What a replay takes of the tables' tensors, in their order, as Taken.decode accepts it. Not told: of tensors that are
-    small, are cut in too many slices, or go into staged layers."""
-    planned = plan.by_name
-    return Taken(tuple(_part(plan, i.name, i.nbytes) if i.name in planned else None for table in tables for i in table.items))
+def taken_of(plan: LoadPlan, tables: Sequence[Table], small: int | None = None) -> Taken:
+    """What a replay takes of the tables' tensors, in their order, as Taken.decode accepts it. Not told: of tensors below `small`
+    bytes (None: SMALL_BYTES), those that are cut in too many slices, or go into staged layers."""
+    planned, small = plan.by_name, SMALL_BYTES if small is None else small
+    items = (item for table in tables for item in table.items)
+    return Taken(tuple(_part(plan, i.name, i.nbytes, small) if i.name in planned else None for i in items))
 
 
-def _part(plan: LoadPlan, name: str, nbytes: int) -> tuple[Slice, ...] | None:
+def _part(plan: LoadPlan, name: str, nbytes: int, small: int) -> tuple[Slice, ...] | None:
     copies = plan.by_name[name].copies
-    if nbytes < SMALL_BYTES or len(copies) > MAX_SLICES or any(len(copy.sizes) > MAX_DIMS for copy in copies):
+    if nbytes < small or len(copies) > MAX_SLICES or any(len(copy.sizes) > MAX_DIMS for copy in copies):
         return None
     if any(plan.storages[copy.storage].slot is not None for copy in copies):
         return None  # gone, or post-processed, by the time that a thread would sum it up
     return tuple(Slice(c.source, c.run, c.sizes, c.source_strides) for c in copies)
 
 
-class SliceSums:
-    """Makes the sums that `slicing` asks for, in threads. seconds, nbytes: as in Check, when all is over."""
+class Asked:
+    """Which tensors `slicing` asks for sums of slices of.
 
-    def __init__(
-        self, slicing: Slicing, taken: Taken, tables: Sequence[Table], replaying: Replaying | None, at_work: AtWork | None = None
-    ) -> None:
-        """replaying: None: the sums are made of the servers' memory. Raises ProtocolError when `slicing` is of other tables."""
+    by_bucket  numbers of tensors within each bucket
+    firsts     number of each bucket's first tensor
+    items      all of them, numbered as `taken` does, in order
+    """
+
+    def __init__(self, slicing: Slicing, taken: Taken, tables: Sequence[Table]) -> None:
+        """Raises ProtocolError when `slicing` is of other tables."""
         count = sum(len(table.items) for table in tables)
         other = ProtocolError(f"the server asks for slices of {8 * len(slicing.items)} tensors, not of {count}")
         if len(taken.parts) != count:
@@ -84,58 +89,86 @@ class SliceSums:
             asked = frozenset(unpack_bits(slicing.items, count))
         except ValueError:
             raise other from None
-        self._taken, self._tables, self._replaying, self._at_work = taken, tables, replaying, at_work
-        self._asked: list[list[int]] = []  # by bucket, numbers of its tensors
-        self._firsts: list[int] = []
-        first = 0
-        for table in tables:
-            numbers = range(len(table.items))
-            self._firsts.append(first)
-            self._asked.append([n for n in numbers if first + n in asked])
-            first += len(table.items)
-        self._totals = {first + n: 0 for first, asked in zip(self._firsts, self._asked, strict=True) for n in asked}
-        self._pool = ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0))), thread_name_prefix="slices")
-        self._begun: collections.deque[Future[list[tuple[int, int]]]] = collections.deque()
-        self._busy, self.nbytes = Busy(), 0
+        self._taken, self._tables = taken, tables
+        sizes = [len(table.items) for table in tables]
+        self.firsts = [0, *itertools.accumulate(sizes)][:-1]
+        self.by_bucket = [[n for n in range(size) if first + n in asked] for first, size in zip(self.firsts, sizes, strict=True)]
+        self.items = sorted(asked)
 
-    @property
-    def seconds(self) -> float:
-        return self._busy.seconds
-
-    def unasked(self, bucket: int, items: Sequence[int] | None) -> list[int] | None:
+    def whole(self, bucket: int, items: Sequence[int] | None, *, replaying: bool) -> list[int] | None:
         """Those of a bucket's tensors that are to be checked whole, of `items`; None: all."""
-        if self._replaying is None:
+        if not replaying:
             return None if items is None else list(items)
-        asked = set(self._asked[bucket])
+        asked = set(self.by_bucket[bucket])
         return [n for n in (range(len(self._tables[bucket].items)) if items is None else items) if n not in asked]
 
-    def arrived(self, bucket: int, memories: Sequence[torch.Tensor], seconds: float) -> None:
-        """The bucket lies in the servers' memory. Returns when what is needed of it was read. Raises as `finish`."""
-        if self._replaying is None:
-            self._begin(bucket, self._there(bucket, memories))
-            self._collect(seconds)
-
-    def landed(self, bucket: int) -> None:
-        """A replay of the bucket is over. Never waits."""
-        if self._replaying is not None:
-            self._begin(bucket, self._here(bucket, self._replaying))
-
-    def _there(self, bucket: int, memories: Sequence[torch.Tensor]) -> Iterator[tuple[int, Piece]]:
+    def there(self, bucket: int, memories: Sequence[torch.Tensor]) -> Iterator[tuple[int, Piece]]:
+        """The slices of a bucket, each with its tensor's number, where the servers have them. Raises ProtocolError for one that
+        leaves its tensor."""
         table = self._tables[bucket]
-        for n in self._asked[bucket]:
+        for n in self.by_bucket[bucket]:
             item = table.items[n]
             start = table.offset + item.offset
-            for part in self._taken.parts[self._firsts[bucket] + n] or ():
+            for part in self._taken.parts[self.firsts[bucket] + n] or ():
                 if not part.inside(item.nbytes):
                     raise ProtocolError(f"the server asks for a slice outside of {item.name!r}")
-                yield self._firsts[bucket] + n, Piece(memories[item.memory], start + part.first, part.strides, part)
+                yield self.firsts[bucket] + n, Piece(memories[item.memory], start + part.first, part.strides, part)
 
-    def _here(self, bucket: int, replaying: Replaying) -> Iterator[tuple[int, Piece]]:
-        for n in self._asked[bucket]:
-            item = self._firsts[bucket] + n
+    def here(self, bucket: int, replaying: Replaying) -> Iterator[tuple[int, Piece]]:
+        """The same where they landed."""
+        for n in self.by_bucket[bucket]:
+            item = self.firsts[bucket] + n
             copies = replaying.plan.by_name[self._tables[bucket].items[n].name].copies
             for part, copy in zip(self._taken.parts[item] or (), copies, strict=True):
                 yield item, Piece(replaying.storages[copy.storage], copy.target, copy.target_strides, part)
+
+
+class Sums(Closing):
+    """Makes the sums that are asked for. replaying: None: of the servers' memory. seconds, nbytes: as in Check."""
+
+    seconds = 0.0
+    nbytes = 0
+
+    def __init__(self, asked: Asked, replaying: Replaying | None) -> None:
+        self._asked, self._replaying = asked, replaying
+
+    def unasked(self, bucket: int, items: Sequence[int] | None) -> list[int] | None:
+        """As Asked.whole."""
+        return self._asked.whole(bucket, items, replaying=self._replaying is not None)
+
+    def arrived(self, bucket: int, memories: Sequence[torch.Tensor], seconds: float) -> None:
+        """The bucket lies in the servers' memory. Returns when what is needed of it was read, or that is queued on the stream
+        that the loader uses. Raises as `finish`."""
+        raise NotImplementedError
+
+    def landed(self, bucket: int) -> None:
+        """A replay of the bucket is over, or queued. Never waits."""
+        raise NotImplementedError
+
+    def finish(self, seconds: float) -> bytes:
+        """All of them, packed. Raises DeadlineError when they are not made in `seconds`."""
+        raise NotImplementedError
+
+
+class SliceSums(Sums):
+    """Made in threads."""
+
+    def __init__(self, asked: Asked, replaying: Replaying | None, at_work: AtWork | None = None) -> None:
+        super().__init__(asked, replaying)
+        self._at_work = at_work
+        self._totals = dict.fromkeys(asked.items, 0)
+        self._pool = ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0))), thread_name_prefix="slices")
+        self._begun: collections.deque[Future[list[tuple[int, int]]]] = collections.deque()
+        self._busy = Busy()
+
+    def arrived(self, bucket: int, memories: Sequence[torch.Tensor], seconds: float) -> None:
+        if self._replaying is None:
+            self._begin(bucket, self._asked.there(bucket, memories))
+            self._collect(seconds)
+
+    def landed(self, bucket: int) -> None:
+        if self._replaying is not None:
+            self._begin(bucket, self._asked.here(bucket, self._replaying))
 
     def _begin(self, bucket: int, pieces: Iterator[tuple[int, Piece]]) -> None:
         for unit in _units(pieces):
@@ -151,8 +184,8 @@ class SliceSums:
         return found
 
     def finish(self, seconds: float) -> bytes:
-        """All of them, packed. Raises DeadlineError when they are not made in `seconds`."""
         self._collect(seconds)
+        self.seconds = self._busy.seconds
         return pack([total & (1 << 64) - 1 for _, total in sorted(self._totals.items())])
 
     def _collect(self, seconds: float) -> None:
@@ -202,57 +235,3 @@ def _cut(piece: Piece) -> Iterator[Piece]:
         sizes = (*part.sizes[:d], count, *part.sizes[d + 1 :])
         cut = Slice(part.first + first * part.strides[d], part.run, sizes, part.strides)
         yield from _cut(piece._replace(offset=piece.offset + first * piece.strides[d], part=cut))
-
-
-class SlicedCheck(Check):
-    """Another check, but that of some tensors only slices are read, where they landed."""
-
-    def __init__(self, whole: Check, sums: SliceSums, memories: Sequence[torch.Tensor], seconds: float) -> None:
-        self._whole, self._sums, self._memories, self._patience = whole, sums, memories, seconds
-        self.ahead = whole.ahead
-
-    def begin(self, bucket: int, items: Sequence[int] | None) -> None:
-        self._whole.begin(bucket, self._sums.unasked(bucket, items))
-
-    def before_load(self, bucket: int) -> None:
-        self._whole.before_load(bucket)
-        self._sums.arrived(bucket, self._memories, self._patience)
-
-    def loaded(self, bucket: int) -> None:
-        self._sums.landed(bucket)
-
-    def finish(self) -> None:
-        self._whole.finish()
-        self.sums = self._sums.finish(self._patience)
-        self.seconds, self.nbytes = self._whole.seconds + self._sums.seconds, self._whole.nbytes + self._sums.nbytes
-
-    def close(self) -> None:
-        self._sums.close()
-        self._whole.close()
-
-
-def with_slices(
-    whole: Check,
-    slicing: Slicing,
-    offered: Mapping[str, Taken],
-    tables: Sequence[Table],
-    memories: Sequence[torch.Tensor],
-    replaying: Replaying | None,
-    seconds: float,
-    at_work: AtWork | None = None,
-) -> Check:
-    """The check with what `slicing` asks for. offered: what this worker said that it takes, by name. replaying: what this stream
-    replays. Raises ProtocolError when that was not offered, or is of other tables; then `whole` is closed."""
-    if not slicing.items:
-        return whole
-    try:
-        name = slicing.names[0] if slicing.names else ""
-        if name not in offered:
-            raise ProtocolError(f"the server asks for slices {name!r} that this worker does not take")
-        taken = offered[name]
-        if replaying is not None and replaying.taken_name != name:
-            replaying = None
-        return SlicedCheck(whole, SliceSums(slicing, taken, tables, replaying, at_work), memories, seconds)
-    except BaseException:
-        whole.close()
-        raise

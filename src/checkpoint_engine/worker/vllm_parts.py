@@ -30,8 +30,8 @@ class Parts:
         self._known: set[tuple[str, torch.dtype]] = set()
 
     def note(self, parameter: str, arguments: Mapping[str, Any]) -> None:
-        """arguments: what a loader is called with, by name. Raises ValueError for what vLLM would take without a word: a tensor of
-        a quantized checkpoint whose parameter is not quantized, without its scale; and an expert that is smaller than the others."""
+        """arguments: what a loader is called with, by name. Raises ValueError for what vLLM would take without a word: a tensor
+        of a quantized checkpoint for a parameter that is not quantized, and an expert that is smaller than the others."""
         sent = arguments.get("loaded_weight")
         if isinstance(sent, torch.Tensor) and (parameter, sent.dtype) not in self._known:
             _refuse_quantized(parameter, getattr(self._layer, parameter, None), sent.dtype)
