@@ -90,9 +90,10 @@ def worker(rank: int, world: int, model: str, requests: Any, replies: Any) -> No
             more = {"model": module} if os.environ.get("CHECKPOINT_ENGINE_RECORDED_LOADS") == "on" else {}
             update_weights_from_ipc(None, handle, device_id=rank, run=shard.load_weights, post_hook=None, **more)
         else:
-            replies.put(compare(shard, TPModel(spec, world, rank, device), spec))
+            wrong = compare(shard, TPModel(spec, world, rank, device), spec)
             if CUDA:  # the memory of what was compared is not the update's
                 torch.cuda.empty_cache()
+            replies.put(wrong)
             continue
         wait()
         replies.put(None)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint_engine.manifest import Manifest
-from checkpoint_engine.planning.mapped import grouped, mapped_items, without_ring
+from checkpoint_engine.planning.digests import pack, unpack
+from checkpoint_engine.planning.mapped import grouped, mapped_items
 from test_planning_buckets import manifests, planned
 
 SIZES = st.sampled_from([0, 1, 100, 3000, 20_000, 1 << 40])
@@ -16,13 +17,12 @@ SIZES = st.sampled_from([0, 1, 100, 3000, 20_000, 1 << 40])
 @given(manifests(), SIZES)
 def test_groups_are_the_buckets_in_their_order_as_many_as_fit(manifest: Manifest, nbytes: int) -> None:
     plan = planned(manifest, (512, 2048, 256))
-    groups = grouped(plan, nbytes)
+    pulled, groups = grouped(plan, nbytes)
     assert [number for group in groups for number in group] == list(range(len(plan.buckets)))
     held = [sum(item.nbytes for number in group for item in plan.buckets[number].items) for group in groups]
     assert all(size <= nbytes or len(group) == 1 for size, group in zip(held, groups, strict=True))
     firsts = [sum(item.nbytes for item in plan.buckets[group[0]].items) for group in groups]
     assert all(size + first > nbytes for size, first in zip(held, firsts[1:], strict=False)), "no more would have fitted"
-    pulled = without_ring(plan, groups)
     assert [i for bucket in pulled.buckets for i in bucket.items] == [i for bucket in plan.buckets for i in bucket.items]
     assert pulled.nbytes == plan.nbytes and not pulled.stream
 
@@ -38,3 +38,10 @@ def test_every_tensor_is_where_its_owner_has_it(manifest: Manifest) -> None:
         for item in items:
             if item.nbytes:
                 assert held[item.memory][item.name].offset == item.offset
+
+
+@given(st.lists(st.integers(0, (1 << 64) - 1)))
+def test_digests_are_packed_and_unpacked(digests: list[int]) -> None:
+    packed = pack(digests)
+    assert list(unpack(packed)) == digests
+    assert packed == b"".join(digest.to_bytes(8, "little") for digest in digests)

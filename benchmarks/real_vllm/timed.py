@@ -5,13 +5,15 @@ Uses only the names of the drop-in contract, and the server's HTTP API directly,
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import random
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def _noise(dtype: torch.dtype) -> torch.Tensor:
     return data.repeat(NOISE // data.numel())
 
 
-@contextmanager
+@contextlib.contextmanager
 def memory_watched(seen: dict[str, Any], device: int) -> Any:
     """Puts into `seen` by how much less device memory was free at the worst moment than before, bytes."""
     before = low = torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else 0
@@ -127,6 +129,21 @@ def one_round(ps: Any, url: str, method: str, rank: int, world_size: int) -> dic
     return seen
 
 
+@contextlib.contextmanager
+def my_turn(plan: dict[str, Any], rank: int) -> Iterator[None]:
+    """Wait until no other benchmark that was started with this one updates its server; meanwhile none does."""
+    turn, end = Path(plan["turn"]), time.monotonic() + SECONDS
+    with Path(plan["lock"]).open("w") as lock:
+        if rank == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            turn.touch()
+        while not turn.exists():
+            if time.monotonic() > end:
+                raise TimeoutError(f"it was not this benchmark's turn within {SECONDS} s")
+            time.sleep(0.05)
+        yield
+
+
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -140,6 +157,12 @@ def main() -> None:
     del mine
     wait_ready(plan["url"])
     found: dict[str, Any] = {"nbytes": nbytes, "register": registered, "rounds": [], "digests": {}}
+    with my_turn(plan, rank):
+        measure(ps, plan, rank, world_size, found)
+
+
+def measure(ps: Any, plan: dict[str, Any], rank: int, world_size: int, found: dict[str, Any]) -> None:
+    """All rounds by all methods, into `found` and what the plan calls "out"."""
     for method in plan["methods"]:
         for _ in range(min(SLOW_ROUNDS, plan["rounds"]) if method == "bench_layerwise" else plan["rounds"]):
             found["rounds"].append(one_round(ps, plan["url"], method, rank, world_size))

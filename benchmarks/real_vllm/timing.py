@@ -1,19 +1,22 @@
 """How long does an update of a real vLLM server take, by which implementation and which way of loading?
 
-Runs one case after the other: IMPLEMENTATION:MODEL[:METHOD,...]. IMPLEMENTATION: ours or upstream. MODEL: one of models.py.
-METHOD: update_weights_from_ipc (the implementation's own extension; the default), bench_recorded (the same with recorded loads;
-only ours), bench_plain (bare load_weights) or bench_layerwise (vLLM's own layerwise reload). A line for each round, then a
-table; figures are medians without the first round.
+Runs one case after the other, or starts all at once: IMPLEMENTATION:MODEL[:METHOD,...]. IMPLEMENTATION: ours or upstream. MODEL:
+one of models.py. METHOD: update_weights_from_ipc (the implementation's own extension; the default), bench_recorded (the same with
+recorded loads; only ours), bench_plain (bare load_weights) or bench_layerwise (vLLM's own layerwise reload). A line for each
+round, then a table; figures are medians without the first round.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import functools
 import json
 import shutil
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from pathlib import Path
 from statistics import median
@@ -24,6 +27,7 @@ from real_vllm.server import ROOT, Host, Processes, ServerDiedError, last_error,
 
 OWN = "update_weights_from_ipc"
 HEADINGS = ("case", "method", "GB", "gather s", "update s", "pause s", "load_weights s", "post_hook s", "extra GiB", "digest")
+_saving = threading.Lock()
 GRAPHS = '{"mode":0,"cudagraph_mode":"FULL_DECODE_ONLY"}'
 
 
@@ -35,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--gpus", type=int, default=2, help="of this host; 0: vLLM's build for CPUs")
     parser.add_argument("--rounds", type=int, default=4, help="updates by each method; bench_layerwise: 2 at most")
+    parser.add_argument("--together", action="store_true", help="start all servers at once; their updates still come one by one")
     parser.add_argument("--seconds", type=float, default=560.0, help="for all cases; later ones are left out then")
     parser.add_argument("--python", default=sys.executable, help="interpreter with vLLM")
     parser.add_argument("--ranks-python", default=sys.executable, help="interpreter for the parameter servers")
@@ -51,25 +56,26 @@ def case(text: str) -> tuple[str, str, list[str]]:
 
 
 def run_case(
-    options: argparse.Namespace, processes: Processes, work: Path, implementation: str, model: str, methods: list[str], end: float
+    options: argparse.Namespace, processes: Processes, work: Path, end: float, implementation: str, model: str, methods: list[str]
 ) -> dict[str, Any]:
     """What timed.py wrote, and "error" when something ended early. Server and ranks start at once: both take a minute."""
     source = ROOT / "src" if implementation == "ours" else options.upstream.resolve()
     known = options.known.resolve() if options.known else None
     host = Host(options.python, options.ranks_python, source, work, known, options.gpus)
     name = f"{implementation}-{model}-{'-'.join(methods)}"
-    folder = save(work / name, SHAPES[model], None)
+    with _saving:  # threads may not import the same module lazily at the same time
+        folder = save(work / name, SHAPES[model], None)
     out, plan, log = work / f"{name}.json", work / f"{name}.plan.json", work / f"{name}.ranks.log"
     flags = ["--load-format", "dummy", "--max-model-len", "1024", "--max-num-seqs", "16", "--skip-tokenizer-init"]
     if options.gpus:
-        flags += ["--gpu-memory-utilization", "0.5", "--kv-cache-memory-bytes", str(2 << 30), "--compilation-config", GRAPHS]
+        # The share of memory is not what it takes, but what must be free, where the KV cache has a size.
+        flags += ["--gpu-memory-utilization", "0.04", "--kv-cache-memory-bytes", str(2 << 30), "--compilation-config", GRAPHS]
     gpus = range(options.tp)
     error = None
     try:
         with serve(host, processes, name, folder, options.tp, gpus, *flags) as server:
-            plan.write_text(
-                json.dumps({"url": server.url, "out": str(out), "model": model, "methods": methods, "rounds": options.rounds})
-            )
+            asked = {"url": server.url, "out": str(out), "model": model, "methods": methods, "rounds": options.rounds}
+            plan.write_text(json.dumps({**asked, "lock": str(work / "lock"), "turn": str(work / f"{name}.turn")}))
             command = torchrun(host, options.tp, "-m", "real_vllm.timed", str(plan))
             with processes.run(command, host.environment(gpus), log) as ranks:
                 while ranks.poll() is None:
@@ -132,8 +138,11 @@ def main() -> int:
     work, processes = Path(tempfile.mkdtemp(prefix="real-vllm-")), Processes()
     lines: list[tuple[str, ...]] = [HEADINGS]
     every: list[dict[str, Any]] = []
-    for implementation, model, methods in options.cases:
-        found = run_case(options, processes, work, implementation, model, methods, start + options.seconds)
+    pool = concurrent.futures.ThreadPoolExecutor(len(options.cases) if options.together else 1)
+    run = functools.partial(run_case, options, processes, work, start + options.seconds)
+    begun = [pool.submit(run, *each) for each in options.cases]
+    for (_, _, methods), future in zip(options.cases, begun, strict=True):
+        found = future.result()
         every.append(found)
         for one in found["rounds"]:
             say(line(found["case"], one))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -97,10 +97,17 @@ class Verifier:
         self._sums = _kernel_sums(layout, memories) if kernel else TorchSums(layout, memories)
         self._expected = unpacked(expected)
 
-    @property
-    def nbytes(self) -> int:
-        """Of the tensors that have a digest."""
-        return int(self._layout.table[:, 2][self._expected != 0].sum())
+    def nbytes(self, checked: Mapping[int, Collection[int] | None]) -> int:
+        """Of the tensors that have a digest and are checked: of each bucket these, or (None) all."""
+        held = torch.where(self._expected != 0, self._layout.table[:, 2], 0)
+        total = 0
+        for bucket, items in checked.items():
+            begin, end = self._layout.starts[bucket : bucket + 2]
+            if items is None:
+                total += int(held[begin:end].sum())
+            elif items:
+                total += int(held[[begin + item for item in items]].sum())
+        return total
 
     def check(self, bucket: int) -> None:
         """Queue the check of a bucket on the current stream of the memories' device; on a CPU it is done at once.

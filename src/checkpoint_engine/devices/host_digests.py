@@ -16,6 +16,7 @@ from checkpoint_engine.devices.busy import Busy
 from checkpoint_engine.devices.digests import Layout, Mismatch
 from checkpoint_engine.errors import DeadlineError
 from checkpoint_engine.memory.checksum import CHUNK_BYTES, finish, partial_sum, small_sums
+from checkpoint_engine.planning.digests import unpack
 
 THREADS = 4
 """At most. Each sums up 5 to 7 GB/s; a loader copies at about the rate of two of them."""
@@ -56,7 +57,7 @@ class HostVerifier(Closing):
         if len(expected) != 8 * len(layout.runs):
             raise ValueError(f"{len(expected)} bytes of digests for {len(layout.runs)} tensors")
         self._layout, self._memories = layout, memories
-        self._expected = [int.from_bytes(expected[at : at + 8], "little") for at in range(0, len(expected), 8)]
+        self._expected = unpack(expected)
         threads = threads or min(THREADS, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
         self._begun: dict[int, list[Future[list[tuple[int, int]]]]] = {}

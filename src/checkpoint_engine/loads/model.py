@@ -7,6 +7,7 @@ import copy
 import functools
 import re
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -22,19 +23,28 @@ _MAPS = re.compile(r"expert.*map|physical_to_logical|logical_to_physical|logical
 _Span = tuple[str, int, int, str, torch.Tensor]  # device, first byte, byte behind the last, name, tensor
 
 
+class _Laid(NamedTuple):
+    """bytes, by_key: as Model's. names: of the tensors in each storage. ends: (first byte, end, its number), sorted."""
+
+    bytes: list[torch.Tensor]
+    by_key: dict[int, tuple[int, int]]
+    names: list[list[str]]
+    ends: list[tuple[int, int, int]]
+
+
 class Model:
     """The storages of `tensors` (name -> parameter or buffer), numbered in the tensors' order; those that share bytes are one.
 
     maps  further tensors whose values decide where weights go (expert maps), by name
 
-    It refers to the tensors' memory, and keeps it. Make a new one to see whether anything moved.
+    It refers to the tensors' memory, and keeps it. Make a new one to see whether anything moved: only the fingerprint is worked
+    out before more is asked for.
     fingerprint: 32 hex digits of the tensors' names, dtypes, shapes, strides and places, and of the maps' values.
-    bytes: every storage as a uint8 tensor. by_key: `storage_key` -> (number, bytes from the number's start).
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], maps: Mapping[str, torch.Tensor] | None = None) -> None:
         rows: list[object] = []
-        spans: list[_Span] = []
+        self._spans: list[_Span] = []
         for name, tensor in tensors.items():
             if _has_no_storage(tensor):
                 rows.append((name, type(tensor).__qualname__))  # what writes there is not planned
@@ -43,20 +53,9 @@ class Model:
             place = (storage.data_ptr(), storage.nbytes(), tensor.storage_offset(), tensor.stride(), str(tensor.device))
             rows.append((name, str(tensor.dtype), tuple(tensor.shape), *place))
             if place[1]:
-                spans.append((place[4], place[0], place[0] + place[1], name, tensor.detach()))
+                self._spans.append((place[4], place[0], place[0] + place[1], name, tensor))
         values = [(name, _values(tensor)) for name, tensor in sorted((maps or {}).items())]
         self.fingerprint = hex_digest(msgspec.msgpack.encode([rows, values]))
-        self.bytes: list[torch.Tensor] = []
-        self.by_key: dict[int, tuple[int, int]] = {}
-        self._names: list[list[str]] = []
-        self._ends: list[tuple[int, int, int]] = []
-        order = {name: index for index, name in enumerate(tensors)}
-        groups = _groups(sorted(spans, key=lambda span: span[:3]))
-        for group in groups:
-            group.sort(key=lambda span: order[span[3]])
-        for group in sorted(groups, key=lambda group: order[group[0][3]]):
-            self._add(group)
-        self._ends.sort()
 
     @classmethod
     def of(cls, module: torch.nn.Module, maps: Mapping[str, torch.Tensor] | None = None) -> Model:
@@ -65,31 +64,57 @@ class Model:
         tensors.update(module.named_buffers(remove_duplicate=False))
         return cls(tensors, {**expert_maps(module), **(maps or {})})
 
-    def _add(self, group: list[_Span]) -> None:
-        number, low, high = len(self.bytes), min(span[1] for span in group), max(span[2] for span in group)
-        kept = [span[4] for span in group]
-        self.bytes.append(tensor_at(low, high - low, kept[0].device, functools.partial(_let_go, kept)))
-        self._names.append([span[3] for span in group])
-        self._ends.append((low, high, number))
-        for _, base, _, _, tensor in group:
-            self.by_key[storage_key(tensor)] = (number, base - low)
+    @functools.cached_property
+    def _laid(self) -> _Laid:
+        laid = _Laid([], {}, [], [])
+        order = {span[3]: index for index, span in enumerate(self._spans)}
+        groups = _groups(sorted(self._spans, key=lambda span: span[:3]))
+        for group in groups:
+            group.sort(key=lambda span: order[span[3]])
+        for group in sorted(groups, key=lambda group: order[group[0][3]]):
+            _add(laid, group)
+        laid.ends.sort()
+        return laid
+
+    @property
+    def bytes(self) -> list[torch.Tensor]:
+        """Every storage as a uint8 tensor."""
+        return self._laid.bytes
+
+    @property
+    def by_key(self) -> dict[int, tuple[int, int]]:
+        """`storage_key` -> (number, bytes from the number's start)."""
+        return self._laid.by_key
 
     def unheld(self) -> Model:
         """The same, without keeping the memory: to be used only while the model is known to have this fingerprint."""
         model = copy.copy(self)
-        model.bytes = [tensor_at(raw.data_ptr(), raw.numel(), raw.device) for raw in self.bytes]
+        raws = [tensor_at(raw.data_ptr(), raw.numel(), raw.device) for raw in self.bytes]
+        vars(model)["_laid"] = self._laid._replace(bytes=raws)
+        model._spans = []
         return model
 
     @property
     def storages(self) -> tuple[Storage, ...]:
-        return tuple(Storage(raw.numel(), tuple(names)) for raw, names in zip(self.bytes, self._names, strict=True))
+        return tuple(Storage(raw.numel(), tuple(names)) for raw, names in zip(self.bytes, self._laid.names, strict=True))
 
     def at(self, address: int) -> tuple[int, int] | None:
         """Storage and offset of the byte at `address`; None where nothing of the model lies."""
-        index = bisect.bisect_right(self._ends, (address, 1 << 64, 0)) - 1
-        if index < 0 or address >= self._ends[index][1]:
+        ends = self._laid.ends
+        index = bisect.bisect_right(ends, (address, 1 << 64, 0)) - 1
+        if index < 0 or address >= ends[index][1]:
             return None
-        return self._ends[index][2], address - self._ends[index][0]
+        return ends[index][2], address - ends[index][0]
+
+
+def _add(laid: _Laid, group: list[_Span]) -> None:
+    number, low, high = len(laid.bytes), min(span[1] for span in group), max(span[2] for span in group)
+    kept = [span[4].detach() for span in group]
+    laid.bytes.append(tensor_at(low, high - low, kept[0].device, functools.partial(_let_go, kept)))
+    laid.names.append([span[3] for span in group])
+    laid.ends.append((low, high, number))
+    for _, base, _, _, tensor in group:
+        laid.by_key[storage_key(tensor)] = (number, base - low)
 
 
 def storage_key(tensor: torch.Tensor) -> int:

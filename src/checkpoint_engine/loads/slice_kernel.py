@@ -1,4 +1,4 @@
-"""The sums of slices (memory.checksum, memory.slices) on the device where they lie: a Triton kernel over loads.kernel's descriptors.
+"""The sums of slices (memory.checksum, memory.slices) on the device where they lie: a kernel over loads.kernel's descriptors.
 
 Imported only where it is used.
 """

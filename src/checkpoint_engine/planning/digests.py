@@ -15,13 +15,18 @@ def packed_digests(buckets: Iterable[Bucket], manifest: Manifest) -> bytes:
     Holders of a tensor agree on its digest, or gather_metas would have raised (planning.holders); where only some made one,
     it is theirs.
     """
-    known: dict[str, int] = {}
-    for rank in manifest.ranks:
-        for region in rank.regions:
-            known.update((tensor.name, tensor.digest) for tensor in region.tensors if tensor.digest)
+    known = {t.name: t.digest for rank in manifest.ranks for region in rank.regions for t in region.tensors if t.digest}
     if not known:
         return b""
     return pack([known.get(item.name, 0) for bucket in buckets for item in bucket.items])
+
+
+def unpack(packed: bytes) -> array[int]:
+    """The digests of `pack`."""
+    digests = array("Q", packed)
+    if _BIG_ENDIAN:
+        digests.byteswap()
+    return digests
 
 
 def pack(digests: Sequence[int]) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 
 from checkpoint_engine.manifest import Manifest
@@ -20,27 +22,29 @@ def mapped_items(plan: Plan, manifest: Manifest) -> tuple[tuple[Item, ...], ...]
     return tuple(_locate(bucket, numbers) for bucket in plan.buckets)
 
 
-def grouped(plan: Plan, nbytes: int) -> tuple[range, ...]:
-    """Numbers of the plan's buckets, in runs of at most `nbytes` or of one bucket."""
+class Grouped(NamedTuple):
+    """plan: of the same tensors in the same order as another one's, each of the `groups` of its buckets in one, of which nothing
+    is lifted or shared."""
+
+    plan: Plan
+    groups: tuple[range, ...]
+
+
+def grouped(plan: Plan, nbytes: int) -> Grouped:
+    """The plan's buckets in runs of at most `nbytes` or of one bucket."""
     groups: list[range] = []
-    size = 0
-    for number, bucket in enumerate(plan.buckets):
-        held = sum(item.nbytes for item in bucket.items)
-        if groups and size + held <= nbytes:
-            groups[-1], size = range(groups[-1].start, number + 1), size + held
+    held = 0
+    for number, size in enumerate(plan.sizes):
+        if groups and held + size <= nbytes:
+            groups[-1], held = range(groups[-1].start, number + 1), held + size
         else:
             groups.append(range(number, number + 1))
-            size = held
-    return tuple(groups)
-
-
-def without_ring(plan: Plan, groups: tuple[range, ...]) -> Plan:
-    """A plan of the same tensors in the same order, each group of buckets in one, of which nothing is lifted or shared."""
+            held = size
     buckets = tuple(
         Bucket(0, sum(plan.buckets[n].nbytes for n in group), -1, tuple(i for n in group for i in plan.buckets[n].items), ())
         for group in groups
     )
-    return msgspec.structs.replace(plan, buckets=buckets, stream=())
+    return Grouped(msgspec.structs.replace(plan, buckets=buckets, stream=()), tuple(groups))
 
 
 def _locate(bucket: Bucket, numbers: dict[tuple[int, int], int]) -> tuple[Item, ...]:

@@ -83,7 +83,17 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
     @cached_property
     def nbytes(self) -> int:
         """Bytes of tensors that a worker receives."""
-        return sum(i.nbytes for b in self.buckets for i in b.items)
+        return sum(self.sizes)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each bucket's tensors."""
+        return tuple(sum(i.nbytes for i in b.items) for b in self.buckets)
+
+    @cached_property
+    def item_sizes(self) -> tuple[int, ...]:
+        """Bytes of each tensor, in the order of the buckets."""
+        return tuple(item.nbytes for bucket in self.buckets for item in bucket.items)
 
     @cached_property
     def digest(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from checkpoint_engine.errors import ProtocolError
 from checkpoint_engine.planning.bits import pack_bits, unpack_bits
 from checkpoint_engine.planning.plan import Plan
@@ -27,7 +29,7 @@ class Coming:
         self.first = self._next[0]
         self.bits = b"" if all(here) else pack_bits(here)
         self.stream = plan.stream if all(here) else tuple(each for each in plan.stream if here[each[0]])
-        self.nbytes = sum(i.nbytes for b, comes in zip(plan.buckets, here, strict=True) if comes for i in b.items)
+        self.nbytes = sum(itertools.compress(plan.sizes, here))
 
     def __contains__(self, bucket: int) -> bool:
         return self._here[bucket]

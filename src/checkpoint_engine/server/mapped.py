@@ -7,23 +7,24 @@ broadcast instead.
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from checkpoint_engine.devices.base import Closing, SharedHandle
+from checkpoint_engine.devices.base import Closing, Device, SharedHandle
 from checkpoint_engine.manifest import Manifest
 from checkpoint_engine.memory.region import HostRegion
-from checkpoint_engine.planning.mapped import grouped, mapped_items, without_ring
+from checkpoint_engine.planning.mapped import Grouped, grouped, mapped_items
 from checkpoint_engine.planning.plan import Plan
-from checkpoint_engine.server.lane import Lane
 from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.transport.channel import MAX_DESCRIPTORS
 from checkpoint_engine.transport.descriptors import SharedDescriptor
 from checkpoint_engine.transport.messages import Attach, StageStats, Table
 
-PULLED_BYTES = 512 << 20
-"""Of tensors that a device pulls at a time. What its loader must get instead of a replay is copied there meanwhile."""
+PULLED_BUCKETS = 8
+"""That a device pulls at a time, at most. What its loader must get instead of a replay is copied there meanwhile."""
+KEPT_PLANS = 4
 
 
 def describe(regions: Sequence[HostRegion]) -> tuple[SharedDescriptor, ...] | None:
@@ -58,16 +59,28 @@ class OpenRegions(Closing):
         self.descriptors = ()
 
 
+class Grouping:
+    """How a device pulls the buckets of plans: many of them at a time, for launches and the messages about them add up."""
+
+    def __init__(self, device: Device) -> None:
+        self._together = 0 if device.kind == "cpu" else PULLED_BUCKETS
+        self._kept: collections.OrderedDict[str, Grouped] = collections.OrderedDict()  # by the plan's digest
+
+    def of(self, plan: Plan) -> Grouped:
+        if plan.digest not in self._kept:
+            self._kept[plan.digest] = grouped(plan, self._together * plan.bucket_bytes)
+            while len(self._kept) > KEPT_PLANS:
+                self._kept.popitem(last=False)
+        return self._kept[plan.digest]
+
+
 class MappedPass(Pass):
-    """A pass whose buckets are all there from the start: they only have to be loaded.
+    """A pass whose buckets are all there from the start: they only have to be loaded."""
 
-    A device pulls many of them at a time: what a launch and the messages about it cost adds up.
-    """
-
-    def __init__(self, source: OpenRegions, plan: Plan, lane: Lane, *args: Any, **options: Any) -> None:
-        groups = grouped(plan, 0 if lane.device.kind == "cpu" else PULLED_BYTES)
-        super().__init__(without_ring(plan, groups), lane, *args, **options)
-        self._source, self._shared_plan, self._groups = source, plan, groups
+    def __init__(self, source: OpenRegions, grouping: Grouping, plan: Plan, *args: Any, **options: Any) -> None:
+        pulled, self._groups = grouping.of(plan)
+        super().__init__(pulled, *args, **options)
+        self._source, self._shared_plan = source, plan
 
     def run(self) -> dict[str, StageStats]:
         stats = super().run()

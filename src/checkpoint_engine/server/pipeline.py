@@ -194,11 +194,11 @@ class Pass:
             if self._expected is not None:
                 attach = self._expected.put_into(attach)
             worker.send(attach, descriptors, seconds=self._remaining())
-        for number, bucket in enumerate(self._plan.buckets):
+        for number, nbytes in enumerate(self._plan.sizes):
             if number in self._coming:
                 self._deliver_next(worker)
             if self._progress is not None:
-                self._progress(sum(i.nbytes for i in bucket.items))
+                self._progress(nbytes)
         if worker is not None:
             self._tell(worker, Release())
 

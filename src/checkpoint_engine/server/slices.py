@@ -10,6 +10,7 @@ import collections
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -29,18 +30,31 @@ _MASK = (1 << 64) - 1
 Rules = tuple[Rule, ...]
 
 
+class Asked(NamedTuple):
+    """items: numbers of the tensors that the rules are about and that have a digest, in order, int64; bits: the same, packed."""
+
+    rules: Rules
+    items: torch.Tensor
+    bits: bytes
+
+
+NOTHING = Asked((), torch.zeros(0, dtype=torch.int64), b"")
+
+
 class SliceBook:
     """What workers have said that they take, of the plans of one server's updates; and what follows from it."""
 
     def __init__(self) -> None:
         self._taken: collections.OrderedDict[tuple[str, str], Taken] = collections.OrderedDict()  # by plan and name
         self._rules: collections.OrderedDict[tuple[str, tuple[str, ...]], Rules] = collections.OrderedDict()
+        self._asked_key: object = None
+        self._asked, self._has = NOTHING, torch.zeros(0, dtype=torch.bool)
 
     def learn(self, plan: Plan, data: bytes, ranks: int) -> None:
         """Raises ValueError when `data` is not what a worker takes of this plan's tensors. ranks: how many tell theirs."""
         if (plan.digest, hex_digest(data)) in self._taken:
             return  # a replica takes the same
-        taken = Taken.decode(data, sizes_of(plan))
+        taken = Taken.decode(data, plan.item_sizes)
         self._taken[plan.digest, taken.name] = taken
         while len(self._taken) > KEPT_TAKEN * ranks:
             self._taken.popitem(last=False)
@@ -53,15 +67,22 @@ class SliceBook:
         """Of those who take what has these names, all of them known and different."""
         key = plan.digest, names
         if key not in self._rules:
-            self._rules[key] = rules(sizes_of(plan), [self._taken[plan.digest, name] for name in names])
+            self._rules[key] = rules(plan.item_sizes, [self._taken[plan.digest, name] for name in names])
             while len(self._rules) > KEPT_TAKEN:
                 self._rules.popitem(last=False)
         return self._rules[key]
 
-
-def sizes_of(plan: Plan) -> list[int]:
-    """Bytes of the plan's tensors, in the order of its buckets."""
-    return [item.nbytes for bucket in plan.buckets for item in bucket.items]
+    def asked(self, plan: Plan, names: tuple[str, ...], digests: torch.Tensor) -> Asked:
+        """What those are asked for who take what has these names. digests: of the plan's tensors."""
+        key, has = (plan.digest, names), digests != 0
+        if self._asked_key != key or not torch.equal(self._has, has):
+            found = self.rules(plan, names)
+            items = torch.tensor(sorted(itertools.chain.from_iterable(rule.items for rule in found)), dtype=torch.int64)
+            items = items[has[items]]
+            chosen = set(items.tolist())
+            self._asked = Asked(found, items, pack_bits(n in chosen for n in range(len(has))) if chosen else b"")
+            self._asked_key, self._has = key, has
+        return self._asked
 
 
 class SliceCheck:
@@ -78,8 +99,7 @@ class SliceCheck:
         self._digests = unpacked(digests)
         self._names: dict[int, str] = {}  # of the ranks whose worker is in the pass
         self._sums: dict[int, torch.Tensor] = {}
-        self._rules: Rules = ()
-        self._asked = torch.zeros(0, dtype=torch.int64)  # numbers of tensors
+        self._asked = NOTHING
         self._ranks = 1
         self.slicing = Slicing()
 
@@ -89,25 +109,18 @@ class SliceCheck:
         self._ranks = ranks
         found = {rank: self._book.known(self._plan, each) for rank, each in names.items()}
         self._names = {rank: name for rank, name in found.items() if name is not None}
-        self._asked, self._rules = self._asked[:0], ()
+        self._asked = NOTHING
         tell = len(self._digests) > 0 and len(self._names) < len(names)
         if len(self._digests) and not tell:
-            self._rules = self._book.rules(self._plan, self._different)
-            items = sorted(itertools.chain.from_iterable(rule.items for rule in self._rules))
-            asked = torch.tensor(items, dtype=torch.int64)
-            self._asked = asked[self._digests[asked] != 0]
-        named = self._names and (len(self._asked) or tell)
+            self._asked = self._book.asked(self._plan, self._different, self._digests)
+        named = self._names and (self._asked.bits or tell)
         known = tuple(self._names.get(rank, "") for rank in range(ranks)) if named else ()
-        self.slicing = Slicing(known, self._bits() if len(self._asked) else b"", tell)
+        self.slicing = Slicing(known, self._asked.bits, tell)
         return self.slicing
 
     @property
     def _different(self) -> tuple[str, ...]:
         return tuple(sorted(set(self._names.values())))
-
-    def _bits(self) -> bytes:
-        asked = set(self._asked.tolist())
-        return pack_bits(item in asked for item in range(len(self._digests)))
 
     def hear(self, rank: int, sums: bytes, taken: bytes) -> None:
         """Of a stream; a later one of the pass counts. Raises ProtocolError for what was not asked for."""
@@ -118,20 +131,20 @@ class SliceCheck:
                 raise ProtocolError(f"the worker of rank {rank} did not tell what it takes of this plan's tensors: {e}") from e
         if not sums:
             return
-        asked = len(self._asked) if rank in self._names else 0
+        asked = len(self._asked.items) if rank in self._names else 0
         if len(sums) != 8 * asked:
             raise ProtocolError(f"rank {rank} told {len(sums)} bytes of sums of slices, asked for {asked} sums")
         self._sums[rank] = unpacked(sums)
 
     def verdict(self) -> tuple[int, CheckpointEngineError] | None:
         """What is wrong, and on which rank; None: nothing that was asked for is."""
-        if not len(self._asked):
+        if not self._asked.bits:
             return None
         if missing := sorted(self._names.keys() - self._sums.keys()):
             return missing[0], ProtocolError(f"the worker of rank {missing[0]} did not tell the sums of its slices")
         wrong = torch.zeros(len(self._digests), dtype=torch.bool)
         first: tuple[int, list[list[int]]] | None = None
-        for rule in self._rules:
+        for rule in self._asked.rules:
             for cover in self._covers(rule):
                 items = torch.tensor(rule.items, dtype=torch.int64)
                 items = items[self._digests[items] != 0]
@@ -151,7 +164,7 @@ class SliceCheck:
 
     def _differ(self, items: torch.Tensor, cover: list[list[int]]) -> torch.Tensor:
         """For each of these tensors, whether its slices do not make up what was registered."""
-        at = torch.searchsorted(self._asked, items)
+        at = torch.searchsorted(self._asked.items, items)
         total = self._lengths[items] * signed(LENGTH_WEIGHT)
         differ = torch.zeros(len(items), dtype=torch.bool)
         for group in cover:
@@ -164,11 +177,11 @@ class SliceCheck:
 
     @cached_property
     def _lengths(self) -> torch.Tensor:
-        return torch.tensor(sizes_of(self._plan), dtype=torch.int64)
+        return torch.tensor(self._plan.item_sizes, dtype=torch.int64)
 
     def _blame(self, item: int, cover: list[list[int]]) -> list[int]:
         """The ranks whose sums are not those by which the others' make up the tensor; all, where that tells nothing."""
-        at, nbytes = int(torch.searchsorted(self._asked, item)), sizes_of(self._plan)[item]
+        at, nbytes = int(torch.searchsorted(self._asked.items, item)), self._plan.item_sizes[item]
         told = {rank: int(self._sums[rank][at]) for group in cover for rank in group}
         choices = [list(dict.fromkeys(told[rank] for rank in group)) for group in cover]
         for guess in itertools.islice(itertools.product(*choices), MAX_GUESSES):

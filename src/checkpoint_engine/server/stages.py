@@ -61,6 +61,5 @@ class Stages:
 
     def loaded(self, heard: Heard) -> dict[str, StageStats]:
         """Of all that the worker did."""
-        sizes = [sum(item.nbytes for item in bucket.items) for bucket in self._plan.buckets]
-        self._recorder.add_worker(heard.spans, self._began, time.perf_counter(), sizes)
+        self._recorder.add_worker(heard.spans, self._began, time.perf_counter(), self._plan.sizes)
         return heard.stats(self._coming.nbytes)

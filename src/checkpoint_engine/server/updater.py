@@ -27,7 +27,7 @@ from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.gather import Gatherer
 from checkpoint_engine.server.keeper import Keeper
 from checkpoint_engine.server.lane import Lane
-from checkpoint_engine.server.mapped import MappedPass, describe
+from checkpoint_engine.server.mapped import Grouping, MappedPass, OpenRegions, describe
 from checkpoint_engine.server.neighbours import meet_neighbours
 from checkpoint_engine.server.offer import Offer, exchange_offers, verified
 from checkpoint_engine.server.pipeline import Pass
@@ -75,7 +75,7 @@ class Updater:
     ) -> None:
         self._fleet, self._device, self._keeper = fleet, device, keeper
         self._gatherer, self._registry, self._served = gatherer, registry, served
-        self._puller, self._sparse = Puller(device), Sparse(device)
+        self._puller, self._sparse, self._grouping = Puller(device), Sparse(device), Grouping(device)
         self._book: SliceBook | None = SliceBook()
         self._make_pass: Callable[..., Pass] = Pass
 
@@ -102,7 +102,7 @@ class Updater:
             recorder = Recorder(time.perf_counter(), span_limit(len(offers)), enabled=settings.timelines)
             plan = prepared.plan
             method, opened = self._puller.open(stack, links, offers, plan, prepared.manifest, settings.join_timeout)
-            make_pass = partial(MappedPass if method.pull else AheadPass, opened) if opened else self._make_pass
+            make_pass = self._pass_of(method, opened)
             lane, shares = self._lane(stack, number, offers, plan, settings, method)
             recorder.lap("join")
             run = UpdateRun(
@@ -128,6 +128,11 @@ class Updater:
         self._settle(offers, plan, lane, outcome, mapped=opened is not None)
         by = method_name(lane.method, outcome.ways, mapped=method.pull)
         return self._report(offers[0].version, by, plan.nbytes, start, outcome, shares)
+
+    def _pass_of(self, method: Method, opened: OpenRegions | None) -> Callable[..., Pass]:
+        if opened is None:
+            return self._make_pass
+        return partial(MappedPass, opened, self._grouping) if method.pull else partial(AheadPass, opened)
 
     def _report(self, version: str, by: str, nbytes: int, start: float, outcome: Outcome, shares: Shares | None) -> UpdateReport:
         report = make_report(version, by, nbytes, time.perf_counter() - start, outcome, self._keeper.saved(shares))

@@ -80,19 +80,24 @@ class DeviceCheck(Check):
     ) -> None:
         self._verifier, self._tables, self._device, self._patience = verifier, tables, device, seconds
         self._at_work = at_work
+        self._items: dict[int, frozenset[int] | None] = {}
+
+    def begin(self, bucket: int, items: Sequence[int] | None) -> None:
+        self._items[bucket] = None if items is None else frozenset(items)
 
     def before_load(self, bucket: int) -> None:
-        start = time.perf_counter()
-        self._verifier.check(bucket)
-        self._spend(start, bucket)
+        if (items := self._items.get(bucket)) is None or items:  # then of all its tensors: it is one launch
+            start = time.perf_counter()
+            self._verifier.check(bucket)
+            self._spend(start, bucket)
 
     def finish(self) -> None:
         start = time.perf_counter()
         wrong = self._verifier.mismatches(self._device, self._patience)
         self._spend(start)
-        self.nbytes = self._verifier.nbytes
-        if wrong:
-            raise IntegrityError([self._tables[found.bucket].items[found.item].name for found in wrong])
+        self.nbytes = self._verifier.nbytes({bucket: self._items.get(bucket) for bucket in range(len(self._tables))})
+        if names := [self._tables[b].items[n].name for b, n in wrong if (items := self._items.get(b)) is None or n in items]:
+            raise IntegrityError(names)
 
     def _spend(self, start: float, bucket: int = -1) -> None:
         """On the host: queueing, and waiting at the end."""

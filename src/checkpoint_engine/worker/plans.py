@@ -51,15 +51,14 @@ class Runnable:
     """A plan on the model it was recorded on, and what was worked out for each layout of its checkpoint.
 
     It does not keep the model's memory: use it while the model has the fingerprint that it was recorded with.
-    taken: what it takes of the checkpoint's tensors, and its name, once `buckets` was asked for. untold: bytes of the tensors of
-    which it takes something and does not tell what.
+    taken: what it takes of the checkpoint's tensors, and its name, once `buckets` was asked for.
     """
 
     def __init__(self, plan: LoadPlan, model: Model) -> None:
         """Raises LoadPlanError. written: the first tensor of each storage that a replay writes."""
         self.plan, self._model = plan, model.unheld()
         self._replayer = Replayer(plan, self._model)
-        self.taken, self.taken_name, self.untold = Taken(()), "", 0
+        self.taken, self.taken_name, self._untold, self._reads = Taken(()), "", 0, 0
         into = {copy.storage for tensor in plan.planned for copy in tensor.copies}
         self.written = frozenset(plan.storages[number].names[0] for number in into)
         self._layouts: collections.OrderedDict[str, tuple[PreparedBucket, ...]] = collections.OrderedDict()
@@ -69,7 +68,7 @@ class Runnable:
         if not self.taken_name:
             self.taken = taken_of(self.plan, tables, 0 if self._replayer.kernel else None)
             self.taken_name = self.taken.name
-            self.untold = self._untold(tables)
+            self._measure(tables)
         if layout not in self._layouts:
             self._layouts[layout] = tuple(self._prepare(table) for table in tables)
             while len(self._layouts) > KEPT_LAYOUTS:
@@ -88,18 +87,17 @@ class Runnable:
         used = tuple(n for n, i in enumerate(table.items) if i.name in rest or self.plan.by_name[i.name].copies)
         return PreparedBucket(prepared, names, rest, used)
 
-    def _untold(self, tables: Sequence[Table]) -> int:
-        parts = zip(self.taken.parts, (item for table in tables for item in table.items), strict=True)
-        by_name = self.plan.by_name
-        return sum(i.nbytes for part, i in parts if part is None and (i.name not in by_name or by_name[i.name].copies))
+    def _measure(self, tables: Sequence[Table]) -> None:
+        by_name, left = self.plan.by_name, {tensor.name for tensor in self.plan.loader}
+        items = [item for table in tables for item in table.items]
+        self._reads = self.plan.nbytes + sum(item.nbytes for item in items if item.name in left)
+        parts = zip(self.taken.parts, items, strict=True)
+        self._untold = sum(i.nbytes for part, i in parts if part is None and (i.name not in by_name or by_name[i.name].copies))
 
-    def reads(self, tables: Sequence[Table], *, checked: bool) -> int:
+    def reads(self, *, checked: bool) -> int:
         """Bytes that a pass reads of the servers' memory: what is replayed, and all of each tensor that the loader gets. checked:
         digests are. -1: then a device had better not read there, for the host would have to check too much of it whole."""
-        if checked and self.untold > MAX_UNTOLD:
-            return -1
-        left = {tensor.name for tensor in self.plan.loader}
-        return self.plan.nbytes + sum(item.nbytes for table in tables for item in table.items if item.name in left)
+        return -1 if checked and self._untold > MAX_UNTOLD else self._reads
 
 
 class Kept(NamedTuple):

@@ -249,7 +249,7 @@ class Loads:
     def reads(self, *, checked: bool) -> int:
         """Bytes that the next replay of this checkpoint reads; -1: it would not be replayed, or not pulled. checked: see
         Runnable.reads."""
-        return self._plan.reads(self._tables, checked=checked) if self._trusted and self._plan is not None else -1
+        return self._plan.reads(checked=checked) if self._trusted and self._plan is not None else -1
 
     @property
     def needs(self) -> bytes:
