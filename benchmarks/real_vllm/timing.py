@@ -61,7 +61,8 @@ def run_case(
     """What timed.py wrote, and "error" when something ended early. Server and ranks start at once: both take a minute."""
     source = ROOT / "src" if implementation == "ours" else options.upstream.resolve()
     known = options.known.resolve() if options.known else None
-    host = Host(options.python, options.ranks_python, source, work, known, options.gpus)
+    settings = {"CHECKPOINT_ENGINE_RECORDED_LOADS": "off"}  # until bench_recorded switches them on
+    host = Host(options.python, options.ranks_python, source, work, known, options.gpus, settings)
     name = f"{implementation}-{model}-{'-'.join(methods)}"
     with _saving:  # threads may not import the same module lazily at the same time
         folder = save(work / name, SHAPES[model], None)

@@ -35,7 +35,7 @@ class Settings:
     method           how bytes reach the workers: "broadcast"; "pull", straight from the servers' memory (an error where that
                      cannot be); "auto": on one host whichever is predicted to be faster
     recorded_loads   in the engine's process: "on": where the engine names its model, learn what its loader copies, prove it,
-                     and copy without the loader from then on; "off": never; "auto": on a CPU, until it has run on GPUs
+                     and copy without the loader from then on; "off": never; "auto": on a GPU where there is Triton
     sparse           whether buckets of which this rank's worker needs nothing, by its load plan, need not be sent to it: "on",
                      "off"; "auto": on a CPU, until it has run on GPUs
     verify           whether workers check every tensor, or the slices that they take, against the digest that its owner made when

@@ -14,6 +14,7 @@ import torch
 import zmq
 
 from checkpoint_engine.devices.base import Device, Event, get_device
+from checkpoint_engine.devices.digests import has_kernel
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineError,
@@ -115,7 +116,8 @@ class _Session:
         self._index = device_id
         self.device: Device = get_device(settings.device, device_id)
         self.device.bind_thread()
-        recorded = settings.recorded_loads == "on" or (settings.recorded_loads == "auto" and self.device.kind == "cpu")
+        able = self.device.kind == "cpu" or has_kernel()
+        recorded = settings.recorded_loads == "on" or (settings.recorded_loads == "auto" and able)
         self.loads = Loads(run, model if recorded else None, self.device)
         self.soiled = self._checked = self._tell = False
         self._sums = b""
