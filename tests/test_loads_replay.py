@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import os
 import threading
@@ -13,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from checkpoint_engine.errors import LoadPlanError
+from checkpoint_engine.loads.bulk import BULK_BYTES, in_bulk
 from checkpoint_engine.loads.model import Model
 from checkpoint_engine.loads.moves import MAX_DIMS, Move, Source, moves
 from checkpoint_engine.loads.plan import Copy, LoadersTensor, LoadPlan, PlannedTensor, Storage
@@ -260,7 +262,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_
 def kernel_matches_copies(device: str, shift: int, memory_device: str) -> None:
     from checkpoint_engine.loads.kernel import Gather
 
-    memory = torch.randint(0, 256, (1 << 16,), dtype=torch.uint8)
+    memory = torch.randint(0, 256, (1 << 22,), dtype=torch.uint8)
     there = memory.to(memory_device)
     if device != memory_device:
         there = memory.pin_memory()
@@ -273,15 +275,56 @@ def kernel_matches_copies(device: str, shift: int, memory_device: str) -> None:
         Move(0, 4, 0, 40000, 4, (33,), (12,), (4,)),
         Move(0, 1024, 0, 42000, 6, (129, 2), (8, 4096), (12, 6)),
     ]
-    results = []
+    if device == "cuda":  # by the copy engine, out of host memory
+        found += [
+            Move(0, 1 << 20, 0, 1 << 16, 300_000, (), (), ()),
+            Move(0, 1 << 20, 0, 400_001, 270_001, (2, 3), (100, 500_000), (900_000, 270_003)),
+        ]
+    results: list[torch.Tensor] = []
     for kind, where, slots in ((Copies, "cpu", False), (Gather, device, False), (Gather, device, True)):
-        storage = torch.zeros(1 << 16, dtype=torch.uint8, device=where)
+        storage = torch.zeros(1 << 22, dtype=torch.uint8, device=where)
         way = kind(found, {0: storage} if slots else [storage])
         for moved in (shift, 0, shift):
             way.run([(memory if where == "cpu" and kind is Copies else there)[moved:]])
         results.append(storage.cpu())
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+LARGE = BULK_BYTES + 5
+
+
+@pytest.mark.parametrize(
+    ("move", "copies"),
+    [
+        (Move(1, 7, 0, 0, BULK_BYTES - 1, (), (), ()), 0),
+        (Move(1, 7, 0, 0, LARGE, (), (), ()), 1),
+        (Move(1, 7, 0, 0, LARGE, (4,), (2 * LARGE,), (LARGE,)), 1),
+        (Move(1, 7, 0, 0, LARGE, (2, 4), (3, 2 * LARGE), (9 * LARGE, LARGE)), 2),
+        (Move(1, 7, 0, 0, LARGE, (4,), (LARGE - 1,), (LARGE,)), 4),  # rows that overlap are none to CUDA
+        (Move(1, 7, 0, 0, LARGE, (2,), (1 << 31,), (LARGE,)), 2),
+        (Move(1, 7, 0, 0, LARGE, (300, 2), (1, 2 * LARGE), (2 * LARGE, LARGE)), 0),
+    ],
+)
+def test_what_the_copy_engine_is_asked_for(move: Move, copies: int) -> None:
+    rows = in_bulk(move, 1000)
+    assert len(rows) == copies
+    made = {
+        (row.source + n * row.source_pitch, row.target + n * row.target_pitch, row.width)
+        for row in rows
+        for n in range(row.height)
+    }
+    steps = list(itertools.product(*map(range, move.sizes)))
+    wanted = {
+        (
+            move.source + sum(i * s for i, s in zip(index, move.source_strides, strict=True)),
+            1000 + sum(i * s for i, s in zip(index, move.target_strides, strict=True)),
+            move.run,
+        )
+        for index in steps
+    }
+    assert made == (wanted if copies else set())
+    assert all(row.memory == 1 and row.width <= min(row.source_pitch, row.target_pitch) for row in rows)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")

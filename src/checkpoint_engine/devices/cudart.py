@@ -23,6 +23,8 @@ ALREADY_REGISTERED = 712
 NOT_REGISTERED = 713
 
 IPC_HANDLE_BYTES = 64
+MAX_PITCH = (1 << 31) - 1
+"""Bytes, on every device since compute capability 2."""
 
 _MEMCPY_DEFAULT = 4  # the direction follows from the pointers
 _HOST_REGISTER_PORTABLE = 1  # pinned for every device of the process, not only the current one
@@ -68,6 +70,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "cudaHostRegister": (_POINTER, _SIZE, _UINT),
     "cudaHostUnregister": (_POINTER,),
     "cudaMemcpyAsync": (_POINTER, _POINTER, _SIZE, _INT, _POINTER),
+    "cudaMemcpy2DAsync": (_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _INT, _POINTER),
     "cudaPointerGetAttributes": (ctypes.POINTER(_PointerAttributes), _POINTER),
     "cudaDeviceGetPCIBusId": (ctypes.c_char_p, _INT, _INT),
     "cudaDeviceGetStreamPriorityRange": (_OUT_INT, _OUT_INT),
@@ -138,6 +141,12 @@ class CudaRuntime:
         """Queue a copy. Asynchronous for device memory and registered host memory; `stream` is a cudaStream_t."""
         if code := self._memcpy_async(target, source, nbytes, _MEMCPY_DEFAULT, stream):
             raise self._error("cudaMemcpyAsync", code)
+
+    def memcpy_2d_async(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, stream: int
+    ) -> None:
+        """Queue a copy of `height` rows of `width` bytes, as memcpy_async. Pitches: from row to row, MAX_PITCH at most."""
+        self._call("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, height, _MEMCPY_DEFAULT, stream)
 
     def pointer_device(self, address: int) -> int:
         """Number, among the visible ones, of the device that `address` belongs to; negative for host memory."""

@@ -1,4 +1,7 @@
-"""The moves of a bucket in one launch: a Triton kernel over a table of descriptors. Imported only where it is used."""
+"""The moves of a bucket in one launch: a Triton kernel over a table of descriptors. Imported only where it is used.
+
+Large pieces of host memory are left to the copy engine (loads.bulk).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
+from checkpoint_engine.loads.bulk import BulkCopies, Rows, in_bulk
 from checkpoint_engine.loads.moves import MAX_DIMS, Move, Storages
 
 BLOCK = 1024
@@ -27,20 +31,26 @@ class Gather:
     def __init__(self, found: Sequence[Move], storages: Storages) -> None:
         self._moves, self._storages = found, storages
         self._device = storages[found[0].storage].device if found else torch.device("cpu")
-        self._made_for: tuple[int, ...] | None = None
+        self._made_for: tuple[tuple[int, bool], ...] | None = None  # of each memory: base modulo 16, whether it is the host's
         self._bases: tuple[int, ...] = ()
+        self._bulk: BulkCopies | None = None
 
     def run(self, memories: Sequence[torch.Tensor]) -> None:
         if not self._moves:
             return
         bases = tuple(memory.data_ptr() for memory in memories)
-        if self._made_for != (alignment := tuple(base % 16 for base in bases)):
-            self._make(alignment)
+        kinds = tuple((base % 16, memory.device.type == "cpu") for base, memory in zip(bases, memories, strict=True))
+        if self._made_for != kinds:
+            self._make(kinds)
         if self._bases != bases:
             self._bases_there = torch.tensor(bases, dtype=torch.int64).to(self._device)
             self._bases = bases
-        programs = HOST_PROGRAMS if any(memory.device.type == "cpu" for memory in memories) else self._many()
-        self._launch(min(programs, self._tiles.shape[0]))
+        if self._bulk is not None:
+            self._bulk.start(bases)
+        if tiles := self._tiles.shape[0]:
+            self._launch(min(HOST_PROGRAMS if any(host for _, host in kinds) else self._many(), tiles))
+        if self._bulk is not None:
+            self._bulk.join()
 
     def _launch(self, programs: int) -> None:
         arguments = (self._table, self._tiles, self._bases_there, self._tiles.shape[0])
@@ -55,14 +65,20 @@ class Gather:
             return HOST_PROGRAMS
         return 4 * torch.cuda.get_device_properties(self._device).multi_processor_count
 
-    def _make(self, alignment: tuple[int, ...]) -> None:
-        rows = []
+    def _make(self, kinds: tuple[tuple[int, bool], ...]) -> None:
+        rows: list[list[int]] = []
+        bulk: list[Rows] = []
         for move in self._moves:
             target = self._storages[move.storage].data_ptr() + move.target
-            rows += descriptors(move, target, math.gcd(move.unit, alignment[move.memory], target))
-        table = torch.tensor(rows, dtype=torch.int64)
+            alignment, host = kinds[move.memory]
+            if host and self._device.type == "cuda" and (large := in_bulk(move, target)):
+                bulk += large
+            else:
+                rows += descriptors(move, target, math.gcd(move.unit, alignment, target))
+        table = torch.tensor(rows, dtype=torch.int64).view(-1, COLUMNS)
         self._table, self._tiles = table.to(self._device), tiled(table, BLOCK).to(self._device)
-        self._made_for = alignment
+        self._bulk = BulkCopies(bulk, self._device) if bulk else None
+        self._made_for = kinds
 
 
 def tiled(table: torch.Tensor, units: int) -> torch.Tensor:
