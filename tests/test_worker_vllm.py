@@ -120,6 +120,7 @@ def test_an_expert_that_is_smaller_than_the_others() -> None:
     parts = Parts("layer", Experts(0))
     parts.note("w2_weight", {"loaded_weight": torch.zeros(4, 2), "shard_id": "w2", "expert_id": 0})
     parts.note("w13_weight", {"loaded_weight": torch.zeros(2, 4), "shard_id": "w1", "expert_id": 0})
+    parts.note("w13_weight", {"loaded_weight": torch.zeros(4, 4), "shard_id": ["w1", "w3"], "expert_id": 1})
     with pytest.raises(ValueError, match=r"its shape is \(4, 1\), that of the experts before it \(4, 2\)"):
         parts.note("w2_weight", {"loaded_weight": torch.zeros(4, 1), "shard_id": "w2", "expert_id": 1})
 

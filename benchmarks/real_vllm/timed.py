@@ -27,6 +27,7 @@ from real_vllm.server import READY_SECONDS, rpc
 NOISE = 1 << 30
 """Bytes per dtype that all tensors are views of: registering copies them, so the checkpoint is as large as it says."""
 SECONDS = 280.0
+TURN_SECONDS = 900.0
 SLOW_ROUNDS = 2
 """vLLM's layerwise reload takes most of a minute for a large model."""
 
@@ -131,15 +132,19 @@ def one_round(ps: Any, url: str, method: str, rank: int, world_size: int) -> dic
 
 @contextlib.contextmanager
 def my_turn(plan: dict[str, Any], rank: int) -> Iterator[None]:
-    """Wait until no other benchmark that was started with this one updates its server; meanwhile none does."""
-    turn, end = Path(plan["turn"]), time.monotonic() + SECONDS
+    """Wait until the servers of all benchmarks that were started with this one are ready, or gone, and none of them is being
+    updated; meanwhile none is."""
+    turn, end = Path(plan["turn"]), time.monotonic() + TURN_SECONDS
+    Path(plan["ready"]).touch()
+    while not all(Path(other).exists() for other in plan["others"]):
+        time.sleep(0.2)
     with Path(plan["lock"]).open("w") as lock:
         if rank == 0:
             fcntl.flock(lock, fcntl.LOCK_EX)
             turn.touch()
         while not turn.exists():
             if time.monotonic() > end:
-                raise TimeoutError(f"it was not this benchmark's turn within {SECONDS} s")
+                raise TimeoutError(f"it was not this benchmark's turn within {TURN_SECONDS} s")
             time.sleep(0.05)
         yield
 

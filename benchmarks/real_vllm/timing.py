@@ -3,7 +3,8 @@
 Runs one case after the other, or starts all at once: IMPLEMENTATION:MODEL[:METHOD,...]. IMPLEMENTATION: ours or upstream. MODEL:
 one of models.py. METHOD: update_weights_from_ipc (the implementation's own extension; the default), bench_recorded (the same with
 recorded loads; only ours), bench_plain (bare load_weights) or bench_layerwise (vLLM's own layerwise reload). A line for each
-round, then a table; figures are medians without the first round.
+round, then a table; figures are medians without the first round, of bench_recorded without the first two, in which loads are
+recorded, and replayed while regions are mapped. The extension's own way is measured without recorded loads.
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ def case(text: str) -> tuple[str, str, list[str]]:
     return implementation, model, methods.split(",") if methods else [OWN]
 
 
+def case_name(implementation: str, model: str, methods: list[str]) -> str:
+    """Of its files."""
+    return f"{implementation}-{model}-{'-'.join(methods)}"
+
+
 def run_case(
     options: argparse.Namespace, processes: Processes, work: Path, end: float, implementation: str, model: str, methods: list[str]
 ) -> dict[str, Any]:
@@ -63,7 +69,9 @@ def run_case(
     known = options.known.resolve() if options.known else None
     settings = {"CHECKPOINT_ENGINE_RECORDED_LOADS": "off"}  # until bench_recorded switches them on
     host = Host(options.python, options.ranks_python, source, work, known, options.gpus, settings)
-    name = f"{implementation}-{model}-{'-'.join(methods)}"
+    name = case_name(implementation, model, methods)
+    ready = work / f"{name}.ready"
+    others = [work / f"{case_name(*each)}.ready" for each in options.cases] if options.together else []
     with _saving:  # threads may not import the same module lazily at the same time
         folder = save(work / name, SHAPES[model], None)
     out, plan, log = work / f"{name}.json", work / f"{name}.plan.json", work / f"{name}.ranks.log"
@@ -76,7 +84,13 @@ def run_case(
     try:
         with serve(host, processes, name, folder, options.tp, gpus, *flags) as server:
             asked = {"url": server.url, "out": str(out), "model": model, "methods": methods, "rounds": options.rounds}
-            plan.write_text(json.dumps({**asked, "lock": str(work / "lock"), "turn": str(work / f"{name}.turn")}))
+            turns = {
+                "ready": str(ready),
+                "others": list(map(str, others)),
+                "lock": str(work / "lock"),
+                "turn": str(work / f"{name}.turn"),
+            }
+            plan.write_text(json.dumps(asked | turns))
             command = torchrun(host, options.tp, "-m", "real_vllm.timed", str(plan))
             with processes.run(command, host.environment(gpus), log) as ranks:
                 while ranks.poll() is None:
@@ -88,6 +102,8 @@ def run_case(
                 raise ServerDiedError(f"{log.name}: ended with {ranks.returncode}: {last_error(log)}")
     except ServerDiedError as e:
         error = str(e)
+    finally:
+        ready.touch()  # nobody waits for what is gone
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"rounds": [], "digests": {}, "nbytes": 0}
     return {**found, "case": f"{implementation}:{model}", "error": error}
 
@@ -114,7 +130,7 @@ def _number(value: float | None) -> str:
 
 def cells(found: dict[str, Any], method: str) -> tuple[str, ...]:
     rounds = [one for one in found["rounds"] if one["method"] == method]
-    later = rounds[1:] or rounds
+    later = rounds[2 if method == "bench_recorded" else 1 :] or rounds[-1:]
     if not later:
         return found["case"], method, *["-"] * (len(HEADINGS) - 2)
 

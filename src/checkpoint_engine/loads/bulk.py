@@ -6,9 +6,10 @@ device's multiprocessors. Small pieces are the kernel's, at the same time.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,22 +54,26 @@ def in_bulk(move: Move, target: int) -> list[Rows]:
 
 
 class BulkCopies:
-    """`start` queues them behind the current stream, beside what is queued there next; `join` lets that stream wait for them."""
+    """What is queued on the current stream `beside` them runs at the same time; what comes after waits for both."""
 
     def __init__(self, rows: Sequence[Rows], device: torch.device) -> None:
         self._rows, self._device = tuple(rows), device
         self._side = _side(device)
 
-    def start(self, bases: Sequence[int]) -> None:
+    @contextlib.contextmanager
+    def beside(self, bases: Sequence[int]) -> Iterator[None]:
         """bases: addresses of the memories. Raises DeviceError."""
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
-        copy, stream = runtime().memcpy_2d_async, self._side.cuda_stream
-        for row in self._rows:
-            source = bases[row.memory] + row.source
-            copy(row.target, row.target_pitch, source, row.source_pitch, row.width, row.height, stream)
-
-    def join(self) -> None:
-        torch.cuda.current_stream(self._device).wait_stream(self._side)
+        stream, side = torch.cuda.current_stream(self._device), self._side
+        side.wait_stream(stream)
+        try:
+            for row in self._rows:
+                source = bases[row.memory] + row.source
+                runtime().memcpy_2d_async(
+                    row.target, row.target_pitch, source, row.source_pitch, row.width, row.height, side.cuda_stream
+                )
+            yield
+        finally:
+            stream.wait_stream(side)
 
 
 _sides: dict[torch.device, torch.cuda.Stream] = {}

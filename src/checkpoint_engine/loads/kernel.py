@@ -5,6 +5,7 @@ Large pieces of host memory are left to the copy engine (loads.bulk).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -45,12 +46,9 @@ class Gather:
         if self._bases != bases:
             self._bases_there = torch.tensor(bases, dtype=torch.int64).to(self._device)
             self._bases = bases
-        if self._bulk is not None:
-            self._bulk.start(bases)
-        if tiles := self._tiles.shape[0]:
-            self._launch(min(HOST_PROGRAMS if any(host for _, host in kinds) else self._many(), tiles))
-        if self._bulk is not None:
-            self._bulk.join()
+        with self._bulk.beside(bases) if self._bulk is not None else contextlib.nullcontext():
+            if tiles := self._tiles.shape[0]:
+                self._launch(min(HOST_PROGRAMS if any(host for _, host in kinds) else self._many(), tiles))
 
     def _launch(self, programs: int) -> None:
         arguments = (self._table, self._tiles, self._bases_there, self._tiles.shape[0])

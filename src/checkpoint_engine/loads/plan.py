@@ -177,7 +177,7 @@ class LoadPlan(msgspec.Struct, frozen=True, dict=True, tag_field="load_plan", ta
         if model != self.model:
             return "the model's parameters or expert maps are not where or what they were when it was recorded"
         if checkpoint != self.checkpoint:
-            return "it was recorded with other tensors, shapes, dtypes or buckets"
+            return "it was recorded with other tensors, shapes or dtypes"
         return None
 
     def encode(self) -> bytes:

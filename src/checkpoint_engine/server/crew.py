@@ -26,7 +26,7 @@ class Crew:
         self._served = served
         self._waiting: collections.deque[WorkerCame] = collections.deque()
         self._current: WorkerCame | None = None
-        self._streamed = False
+        self._streamed, self._tables = False, ""
         self.asked = 0
         self.reads = 0
         self.needs = b""
@@ -62,13 +62,13 @@ class Crew:
             raise ProtocolError("a pass began without this rank's worker")
         return self._current
 
-    def known(self, worker: WorkerCame, plan: str) -> tuple[str, ...]:
-        """Digests of the tables that it has; plan: the update's."""
-        return (*worker.hello.plans, plan, f"mapped-{plan}") if self._streamed else worker.hello.plans
+    def known(self, worker: WorkerCame) -> tuple[str, ...]:
+        """Names of the tables that it has."""
+        return (*worker.hello.plans, self._tables) if self._streamed else worker.hello.plans
 
     def heard(self, heard: Heard, stats: dict[str, m.StageStats]) -> None:
         """Its stream is over."""
-        self.stats = merge(self.stats, stats)
+        self.stats, self._tables = merge(self.stats, stats), heard.tables
         self.notes += heard.notes
         if heard.way:
             self.ways = tuple(dict.fromkeys((*self.ways, heard.way)))

@@ -7,13 +7,14 @@ from checkpoint_engine.transport.messages import Again, Loaded, Ready, Spent, St
 
 
 class Heard:
-    """again: it needs the stream once more. way, reads, needs, sums, taken: as in Ready; way "": it is not ready. notes: of its
-    load plan. spans: as in Spent."""
+    """tables: the name under which it has the stream's tables. again: it needs the stream once more. way, reads, needs, sums,
+    taken: as in Ready; way "": it is not ready. notes: of its load plan. spans: as in Spent."""
 
     def __init__(self) -> None:
         self._load = self._engine = self._hook = 0.0
         self._spent: dict[str, float] = {}
         self._verified = 0
+        self.tables = ""
         self.again = False
         self.way = ""
         self.reads = -1

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from checkpoint_engine.devices.base import Closing, Device, SharedHandle
-from checkpoint_engine.manifest import Manifest
+from checkpoint_engine.manifest import Manifest, hex_digest
 from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.planning.mapped import Grouped, grouped, mapped_items
 from checkpoint_engine.planning.plan import Plan
@@ -93,7 +93,8 @@ class MappedPass(Pass):
             self._arrived.put((index, None))
 
     def _attachment(self) -> tuple[Attach, tuple[int, ...]]:
-        digest = f"mapped-{self._shared_plan.digest}"
+        regions = [len(rank.regions) for rank in self._source.manifest.ranks]  # by which they are numbered
+        digest = f"mapped-{hex_digest(repr((self._shared_plan.digest, regions, self._groups)).encode())}"
         tables = None
         if digest not in self._known:
             located = mapped_items(self._shared_plan, self._source.manifest)

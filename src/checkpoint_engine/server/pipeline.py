@@ -191,6 +191,7 @@ class Pass:
         worker = self._worker
         if worker is not None:
             attach, descriptors = self._attachment()
+            self.heard.tables = attach.plan
             if self._expected is not None:
                 attach = self._expected.put_into(attach)
             worker.send(attach, descriptors, seconds=self._remaining())

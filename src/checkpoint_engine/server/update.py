@@ -223,7 +223,7 @@ class UpdateRun:
             self._lane,
             self._regions,
             worker.channel if worker else None,
-            self._crew.known(worker, self._plan.digest) if worker else (),
+            self._crew.known(worker) if worker else (),
             self._settings.timeout,
             self._deadline,
             self._progress if begin.pass_ == 1 else None,

@@ -86,7 +86,7 @@ class DeviceCheck(Check):
         self._items[bucket] = None if items is None else frozenset(items)
 
     def before_load(self, bucket: int) -> None:
-        if (items := self._items.get(bucket)) is None or items:  # then of all its tensors: it is one launch
+        if (items := self._items.setdefault(bucket, None)) is None or items:  # then of all its tensors: it is one launch
             start = time.perf_counter()
             self._verifier.check(bucket)
             self._spend(start, bucket)
@@ -95,7 +95,7 @@ class DeviceCheck(Check):
         start = time.perf_counter()
         wrong = self._verifier.mismatches(self._device, self._patience)
         self._spend(start)
-        self.nbytes = self._verifier.nbytes({bucket: self._items.get(bucket) for bucket in range(len(self._tables))})
+        self.nbytes = self._verifier.nbytes(self._items)
         if names := [self._tables[b].items[n].name for b, n in wrong if (items := self._items.get(b)) is None or n in items]:
             raise IntegrityError(names)
 

@@ -66,7 +66,7 @@ class Runnable:
     def buckets(self, layout: str, tables: Sequence[Table]) -> tuple[PreparedBucket, ...]:
         """layout: what `tables` are kept under. Raises LoadPlanError, and ImportError where a device needs Triton."""
         if not self.taken_name:
-            self.taken = taken_of(self.plan, tables, 0 if self._replayer.kernel else None)
+            self.taken = self._taken(tables)
             self.taken_name = self.taken.name
             self._measure(tables)
         if layout not in self._layouts:
@@ -74,6 +74,15 @@ class Runnable:
             while len(self._layouts) > KEPT_LAYOUTS:
                 self._layouts.popitem(last=False)
         return self._layouts[layout]
+
+    def _taken(self, tables: Sequence[Table]) -> Taken:
+        """Nothing is told where no sums could be made: by threads of memory on the CPU, by the kernel on this thread's device."""
+        devices = {raw.device for raw in self.storages}
+        if self._replayer.kernel and devices == {torch.device("cuda", torch.cuda.current_device())}:
+            return taken_of(self.plan, tables, 0)
+        if all(device.type == "cpu" for device in devices):
+            return taken_of(self.plan, tables)
+        return Taken(tuple(None for table in tables for _ in table.items))
 
     @property
     def storages(self) -> Sequence[torch.Tensor]:

@@ -82,7 +82,8 @@ class DeviceSliceSums(Sums):
         return found
 
     def close(self) -> None:
-        pass
+        if self._side is not None:  # what is still to be read must not be given back before
+            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
 
 
 def _table(buckets: Iterable[Iterable[tuple[int, Piece]]], asked: Asked, where: torch.device) -> SliceTable:
@@ -148,7 +149,7 @@ def with_slices(
         if replaying is not None and replaying.taken_name != name:
             replaying = None
         asked, sums = _asked_for(attach, name, offered[name], tables), None
-        if device.kind == "cuda" and (replaying is not None or any(memory.is_cuda for memory in memories)):
+        if any(raw.is_cuda for raw in (memories if replaying is None else replaying.storages)):
             sums = DeviceSliceSums(asked, replaying, memories, device)
         return SlicedCheck(whole, sums or SliceSums(asked, replaying, at_work), memories, seconds)
     except BaseException:

@@ -49,7 +49,7 @@ class Parts:
 
     def _refuse_other_shape(self, parameter: str, shard: Any, shape: torch.Size) -> None:
         """vLLM leaves what a tensor is too small for as it was, for it may be padding; but padding is the same for all."""
-        others = self._shapes.setdefault((parameter, shard), shape)
+        others = self._shapes.setdefault((parameter, tuple(shard) if isinstance(shard, list) else shard), shape)
         if others != shape:
             raise ValueError(f"its shape is {tuple(shape)}, that of the experts before it {tuple(others)}")
 
