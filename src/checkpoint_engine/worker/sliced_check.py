@@ -148,13 +148,19 @@ def with_slices(
             raise ProtocolError(f"the server asks for slices {name!r} that this worker does not take")
         if replaying is not None and replaying.taken_name != name:
             replaying = None
-        asked, sums = _asked_for(attach, name, offered[name], tables), None
-        if any(raw.is_cuda for raw in (memories if replaying is None else replaying.storages)):
-            sums = DeviceSliceSums(asked, replaying, memories, device)
-        return SlicedCheck(whole, sums or SliceSums(asked, replaying, at_work), memories, seconds)
+        asked = _asked_for(attach, name, offered[name], tables)
+        return SlicedCheck(whole, _sums(asked, replaying, memories, device, at_work), memories, seconds)
     except BaseException:
         whole.close()
         raise
+
+
+def _sums(
+    asked: Asked, replaying: Replaying | None, memories: Sequence[torch.Tensor], device: Device, at_work: AtWork | None
+) -> Sums:
+    if any(raw.is_cuda for raw in (memories if replaying is None else replaying.storages)):
+        return DeviceSliceSums(asked, replaying, memories, device)
+    return SliceSums(asked, replaying, at_work)
 
 
 def _asked_for(attach: Attach, name: str, taken: Taken, tables: Sequence[Table]) -> Asked:
