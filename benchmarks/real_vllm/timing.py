@@ -159,7 +159,11 @@ def main() -> int:
     run = functools.partial(run_case, options, processes, work, start + options.seconds)
     begun = [pool.submit(run, *each) for each in options.cases]
     for (_, _, methods), future in zip(options.cases, begun, strict=True):
-        found = future.result()
+        try:
+            found = future.result()
+        except KeyboardInterrupt:  # tell what was measured so far
+            processes.end()
+            found = future.result()
         every.append(found)
         for one in found["rounds"]:
             say(line(found["case"], one))
