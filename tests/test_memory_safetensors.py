@@ -164,3 +164,13 @@ def test_checkpoint_files(tmp_path: Path) -> None:
     index.write_text('{"weight_map": {}}')
     with pytest.raises(CheckpointError, match="no safetensors files"):
         checkpoint_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["b" * 300, "\u00e9" * 200])
+def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    """Longer than file systems allow, by whom even the question whether it is there is refused."""
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(CheckpointError, match="no such file"):
+        checkpoint_files(tmp_path)
+    with pytest.raises(CheckpointError, match="no such directory"):
+        checkpoint_files(tmp_path / name)

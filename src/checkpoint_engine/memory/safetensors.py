@@ -174,14 +174,14 @@ def checkpoint_files(directory: str | Path) -> list[Path]:
     Raises CheckpointError that names the directory or file that is missing or cannot be used.
     """
     directory = Path(directory)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # not pathlib's, which raises for names that are too long
         raise CheckpointError(f"{directory}: no such directory")
     index = directory / INDEX
     files = _indexed(index) if index.exists() else sorted(directory.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{directory}: no safetensors files in it")
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise CheckpointError(f"{file}: no such file" + (f", though {index} names it" if index.exists() else ""))
     return files
 
