@@ -218,6 +218,15 @@ def test_a_rank_that_cannot_replay_does_not_keep_the_others_slices_from_being_ch
         assert seen[1].version == "v0"
 
 
+def check_a_rank_that_cannot_replay_and_a_replay_that_goes_wrong(method: str) -> None:
+    """For those who check slices in other ways."""
+    test_a_rank_that_cannot_replay_does_not_keep_the_others_slices_from_being_checked(method)
+    for seen in course(method, Step(), Step(), Step((Deed("spoil", "down"), Deed())), Step()):
+        found = FOUND.search(seen[2].error)
+        assert found and (found[2], found[4]) == ("layers.2.down", "ranks 0 and 1")
+        assert seen[3].ways == {"proved"} and good(seen[3], 3)
+
+
 def test_slices_of_what_was_sent(sharing: str) -> None:
     """In sparse streams, too: of what nobody needs no rank takes or checks anything; and a rank that lacks something after all
     makes the sums of its slices in the stream that comes whole."""

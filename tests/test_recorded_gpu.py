@@ -15,7 +15,7 @@ from helpers.recorded import Deed, checkpoint, engines, fresh
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("sharing"), pytest.mark.timeout(180)]
 WORLDS = [n for n in (1, 2) if n <= max(1, torch.cuda.device_count())]
-METHODS = ["broadcast", "pull"]
+METHODS = ["broadcast", "pull"]  # pulled, all of the checkpoint comes in two groups of buckets
 
 
 @pytest.fixture(autouse=True)
@@ -38,15 +38,19 @@ def test_proved_once_then_replayed(world_size: int, method: str) -> None:
     "kind", ["casts", "transposes into another dtype", "writes twice", "keeps", "writes nothing", "replaces"]
 )
 def test_what_is_no_copy_stays_the_loaders(kind: str, method: str) -> None:
-    """On the last rank of as many as there are GPUs."""
+    """On the last rank of as many as there are GPUs. Pulled in groups of buckets, q and k of a layer come in one call: then
+    nothing is kept until another one, and all of it is copies."""
     kinds = [""] * (WORLDS[-1] - 1) + [kind]
     *others, last = session._run(kinds, method)
     assert all(each.loaded == [] for seen in others for each in seen[1:])
-    assert all(each.loaded for each in last)
+    if (kind, method) == ("keeps", "pull"):
+        assert all(each.loaded == [] and each.ways == ("replayed",) for each in last[1:])
+    else:
+        assert all(each.loaded for each in last)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("deed", [Deed("raise", "replay", 2), Deed("raise", "post_hook"), Deed("move"), Deed("permute")])
+@pytest.mark.parametrize("deed", [Deed("raise", "replay", 1), Deed("raise", "post_hook"), Deed("move"), Deed("permute")])
 def test_failures_and_changes(deed: Deed, method: str) -> None:
     last = session._run([""] * WORLDS[-1], method, 5, {(2, WORLDS[-1] - 1): deed})[-1]
     assert isinstance(last[2], str) == (deed.what == "raise")
@@ -87,7 +91,7 @@ def _dies(rank: int, world_size: int, crew: list[Worker]) -> Any:
         ps.gather_metas("c")
         ps.update("c", session._ask(crew[rank], rank, Deed()))
         with pytest.raises(UpdateError) as caught:
-            ps.update("c", session._ask(crew[rank], rank, Deed("die", "replay", 2) if rank == 0 else Deed()))
+            ps.update("c", session._ask(crew[rank], rank, Deed("die", "replay", 1) if rank == 0 else Deed()))
         alive = crew[world_size] if rank == 0 else crew[rank]
         ps.update("c", session._ask(alive, rank, Deed()))
         return caught.value.rank, alive.ask("state")[2] == fresh(checkpoint(1), rank, world_size)

@@ -13,9 +13,9 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import torch
@@ -136,17 +136,28 @@ def my_turn(plan: dict[str, Any], rank: int) -> Iterator[None]:
     updated; meanwhile none is."""
     turn, end = Path(plan["turn"]), time.monotonic() + TURN_SECONDS
     Path(plan["ready"]).touch()
-    while not all(Path(other).exists() for other in plan["others"]):
-        time.sleep(0.2)
+    _await(end, "the other servers to be ready", lambda: all(Path(other).exists() for other in plan["others"]))
     with Path(plan["lock"]).open("w") as lock:
         if rank == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _await(end, "this benchmark's turn", lambda: _locked(lock))
             turn.touch()
-        while not turn.exists():
-            if time.monotonic() > end:
-                raise TimeoutError(f"it was not this benchmark's turn within {TURN_SECONDS} s")
-            time.sleep(0.05)
+        _await(end, "rank 0 to have this benchmark's turn", turn.exists)
         yield
+
+
+def _await(end: float, what: str, is_so: Callable[[], bool]) -> None:
+    while not is_so():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {TURN_SECONDS} s in vain for {what}")
+        time.sleep(0.05)
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def main() -> None:

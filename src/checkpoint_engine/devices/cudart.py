@@ -24,7 +24,7 @@ NOT_REGISTERED = 713
 
 IPC_HANDLE_BYTES = 64
 MAX_PITCH = (1 << 31) - 1
-"""Bytes, on every device since compute capability 2."""
+"""Bytes: cudaDevAttrMaxPitch, as NVIDIA's deviceQuery prints it for its devices."""
 
 _MEMCPY_DEFAULT = 4  # the direction follows from the pointers
 _HOST_REGISTER_PORTABLE = 1  # pinned for every device of the process, not only the current one

@@ -1,6 +1,6 @@
 """Large pieces of moves out of host memory, by the device's copy engine.
 
-It gets 55 GB/s out of a PCIe 5 link from which no kernel reads more than 49 (H200; benchmarks/RESULTS.md), and takes none of the
+On an H200 it got 55 GB/s out of a PCIe 5 link from which the kernel read 49 (benchmarks/RESULTS.md), and it takes none of the
 device's multiprocessors. Small pieces are the kernel's, at the same time.
 """
 
@@ -18,7 +18,7 @@ from checkpoint_engine.devices.cudart import MAX_PITCH, runtime
 from checkpoint_engine.loads.moves import Move
 
 BULK_BYTES = 256 << 10
-"""Of a run: a copy of fewer takes longer to start than to make."""
+"""Of a run, 5 us of the link: about what a copy takes to start, it is assumed."""
 MAX_COPIES = 256
 """Of one move; one that would take more calls is left to the kernel."""
 

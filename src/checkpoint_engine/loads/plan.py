@@ -223,5 +223,6 @@ def _inside(offset: int, run: int, sizes: tuple[int, ...], strides: tuple[int, .
 
 
 def checkpoint_fingerprint(buckets: Iterable[Iterable[tuple[str, str, tuple[int, ...]]]]) -> str:
-    """Of the buckets' tensors (name, dtype, shape) in their order, 32 hex digits. Where they lie in memory does not matter."""
-    return hex_digest(msgspec.msgpack.encode([[list(tensor) for tensor in bucket] for bucket in buckets]))
+    """Of the buckets' tensors (name, dtype, shape) in their order, 32 hex digits. Neither where they lie in memory matters nor
+    which of them come together."""
+    return hex_digest(msgspec.msgpack.encode([list(tensor) for bucket in buckets for tensor in bucket]))

@@ -32,6 +32,8 @@ from collections.abc import Sequence
 
 import torch
 
+from checkpoint_engine.planning.digests import unpack
+
 CHUNK_BYTES = 4096
 """Weights begin anew after so many bytes: few enough for all of them to stay in registers or in the first cache."""
 WORDS = CHUNK_BYTES // 8
@@ -170,8 +172,8 @@ def row_sums(address: int, out: torch.Tensor, stride: int, first: int = 0, words
 
 
 def unpacked(packed: bytes) -> torch.Tensor:
-    """int64, from 8 bytes each, little-endian: digests, as they travel (planning.digests)."""
-    return torch.frombuffer(bytearray(packed), dtype=torch.int64) if packed else torch.zeros(0, dtype=torch.int64)
+    """int64, from 8 bytes each: digests, as they travel (planning.digests)."""
+    return torch.frombuffer(unpack(packed), dtype=torch.int64) if packed else torch.zeros(0, dtype=torch.int64)
 
 
 def _words_at(address: int, count: int) -> torch.Tensor:

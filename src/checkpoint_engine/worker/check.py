@@ -96,7 +96,7 @@ class DeviceCheck(Check):
         wrong = self._verifier.mismatches(self._device, self._patience)
         self._spend(start)
         self.nbytes = self._verifier.nbytes(self._items)
-        if names := [self._tables[b].items[n].name for b, n in wrong if (items := self._items.get(b)) is None or n in items]:
+        if names := [self._tables[b].items[n].name for b, n in wrong if (items := self._items[b]) is None or n in items]:
             raise IntegrityError(names)
 
     def _spend(self, start: float, bucket: int = -1) -> None:

@@ -29,9 +29,9 @@ _fingerprints: collections.OrderedDict[str, str] = collections.OrderedDict()  # 
 
 
 def checkpoint_of(layout: str, tables: Sequence[Table]) -> str:
-    """The checkpoint's fingerprint, in however many buckets it comes. layout: what `tables` are kept under."""
+    """The checkpoint's fingerprint. layout: what `tables` are kept under."""
     if layout not in _fingerprints:
-        _fingerprints[layout] = checkpoint_fingerprint([[(i.name, i.dtype, i.shape) for t in tables for i in t.items]])
+        _fingerprints[layout] = checkpoint_fingerprint([[(i.name, i.dtype, i.shape) for i in t.items] for t in tables])
         while len(_fingerprints) > KEPT_FINGERPRINTS:
             _fingerprints.popitem(last=False)
     return _fingerprints[layout]

@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import time
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
@@ -136,18 +137,18 @@ class Sums(Closing):
         """As Asked.whole."""
         return self._asked.whole(bucket, items, replaying=self._replaying is not None)
 
+    @abstractmethod
     def arrived(self, bucket: int, memories: Sequence[torch.Tensor], seconds: float) -> None:
         """The bucket lies in the servers' memory. Returns when what is needed of it was read, or that is queued on the stream
         that the loader uses. Raises as `finish`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def landed(self, bucket: int) -> None:
         """A replay of the bucket is over, or queued. Never waits."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, seconds: float) -> bytes:
         """All of them, packed. Raises DeadlineError when they are not made in `seconds`."""
-        raise NotImplementedError
 
 
 class SliceSums(Sums):
