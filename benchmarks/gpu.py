@@ -132,7 +132,8 @@ def main() -> int:
     has = {"upstream": arguments.upstream is not None, "vllm": arguments.vllm}
     rows, failed = [], 0
     every = list(stages(arguments.gpus, arguments.upstream, arguments.out, arguments.known))
-    chosen = [s for name in arguments.names for s in every if s.name == name or s.name.startswith((f"{name}:", f"{name}-"))]
+    named = [s for name in arguments.names for s in every if s.name == name or s.name.startswith((f"{name}:", f"{name}-"))]
+    chosen = list({stage.name: stage for stage in named}.values())
     if arguments.names and not chosen:
         parser.error(f"no such stage; there are {', '.join(s.name for s in every)}")
     for stage in chosen or every:

@@ -27,13 +27,14 @@ from checkpoint_engine.errors import (
     UpdateError,
 )
 from checkpoint_engine.manifest import RankManifest
+from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.planning.peers import Receiver, plan_fetch
 from checkpoint_engine.server import UpdateReport
 from checkpoint_engine.server.holders import check_holder, with_holders
-from checkpoint_engine.server.receivers import FetchUpdater
+from checkpoint_engine.server.receivers import SLOTS, FetchUpdater
 from checkpoint_engine.server.sources import Metas
 from checkpoint_engine.transport.peer.base import open_transport
-from helpers.fleet import Worker, digests, request, server, share_of, tensors, workers
+from helpers.fleet import Orders, Worker, digests, request, server, share_of, tensors, workers
 from helpers.netns import INTERFACE, TwoHosts
 from helpers.ports import free_ports
 from helpers.ranks import Ranks, _context, run_ranks, start_ranks
@@ -141,6 +142,31 @@ def test_reads_through_slots_as_on_a_gpu() -> None:
     with workers(1) as crew, Sources(2, layers=30) as sources:
         (state,) = run_ranks(_join_by_slots, 1, crew, sources.metas, {"peer_transport": "tcp"})
     assert state[2] == digests(tensors(1, 30)), state
+
+
+def _slots_stay(rank: int, world_size: int, crew: list[Worker], metas: bytes) -> Any:
+    """How many regions each update took."""
+    FetchUpdater._into_ring = lambda *_: False  # type: ignore[method-assign]
+    taken, free = [], {"free_after_update": True}
+    with server(bucket_bytes=64 * KIB, peer_transport="tcp") as ps:
+        ps.gather_metas("c")
+        ps.load_metas(Metas.from_json(metas))
+        settings = ps._settings
+        for orders, changes in [(Orders(), {})] * 2 + [(Orders(raise_in_bucket=3), {})] + [(Orders(), free)] * 2:
+            ps._settings = settings.replace(**changes)
+            with HostRegion(1) as before, contextlib.suppress(UpdateError):
+                ps.update("c", request(crew[rank], rank, orders), ranks=[0])
+            with HostRegion(1) as after:
+                taken.append(after.generation - before.generation - 1)
+        return taken, crew[rank].state()
+
+
+def test_slots_are_taken_once() -> None:
+    """And again after an update that failed, or that gave everything back."""
+    with workers(1) as crew, Sources(1, layers=30) as sources:
+        ((taken, state),) = run_ranks(_slots_stay, 1, crew, sources.metas)
+    assert [regions // SLOTS for regions in taken] == [1, 0, 0, 1, 1], taken  # besides them a ring at most
+    assert state[2] == digests(tensors(1, 30)) and not state[1]
 
 
 def _check(report: UpdateReport, transport: str) -> None:

@@ -7,62 +7,34 @@ import dataclasses
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import msgspec
 
 from checkpoint_engine.devices.base import Closing, Device
 from checkpoint_engine.errors import AgreementError, CheckpointEngineError, SettingsError, UpdateError
-from checkpoint_engine.manifest import Manifest, RankManifest, hex_digest
+from checkpoint_engine.manifest import hex_digest
 from checkpoint_engine.memory.registry import Registry
-from checkpoint_engine.planning.peers import Assigned, FetchPlan, Receiver, as_manifest, plan_fetch
-from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.planning.peers import Receiver, as_manifest, plan_fetch
+from checkpoint_engine.server.bids import Agreed, Bid, crossing, kind_of, renumbered
 from checkpoint_engine.server.fetch import READERS, Feed, FetchPass
 from checkpoint_engine.server.fleet import Fleet, SubFleet
-from checkpoint_engine.server.gather import Gatherer, Part, agreed_sizes, make_plan
+from checkpoint_engine.server.gather import Gatherer, agreed_sizes, make_plan
 from checkpoint_engine.server.keeper import Keeper
 from checkpoint_engine.server.landing import Landing
 from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.server.report import UpdateReport
 from checkpoint_engine.server.request import RequestFunction
 from checkpoint_engine.server.served import Served
-from checkpoint_engine.server.slots import Slot
-from checkpoint_engine.server.sources import RDMA, Metas, Sources, peer_options
+from checkpoint_engine.server.slots import Slot, Slots
+from checkpoint_engine.server.sources import Metas, Sources, peer_options
 from checkpoint_engine.server.supply import Supply, Transports, nics_of, unreadable
 from checkpoint_engine.server.updater import Prepared, Updater
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.descriptors import whereabouts
 from checkpoint_engine.transport.links import Links
-from checkpoint_engine.transport.peer.base import choose
 
 SLOTS = READERS
 """Pieces that a rank reads ahead of lifting them, where they do not stay."""
-
-
-class _Bid(msgspec.Struct, frozen=True, array_like=True):
-    """What each receiver brings first. source: its rank in the manifest; -1: it is in none. part.manifest: digest of the metas.
-    transport: see Settings.peer_transport."""
-
-    part: Part
-    host: str
-    where: str
-    transport: str
-    source: int = -1
-    error: str = ""
-
-
-class _Agreed(NamedTuple):
-    """group: the receivers, by their rank among themselves. kinds: rank of a source -> transport, of this rank. by: of all."""
-
-    metas: Metas
-    reads: FetchPlan
-    group: tuple[Receiver, ...]
-    stream: Manifest
-    sources: tuple[tuple[int, int], ...]
-    plan: Plan
-    ring_bytes: int
-    kinds: dict[int, str]
-    by: str
 
 
 class Receivers(Closing):
@@ -84,7 +56,8 @@ class Receivers(Closing):
         self._fleet, self._device, self._settings = fleet, device, settings
         self._owned = contextlib.ExitStack()
         transports = self._owned.enter_context(Transports(lambda: peer_options(settings, sources.address)))
-        self._parts = (gatherer, registry, served, sources, transports, begins)
+        slots = self._owned.enter_context(Slots(device))  # closed before the transports that know them
+        self._parts = (gatherer, registry, served, sources, transports, slots, begins)
         everybody = tuple(range(fleet.world_size))
         self._updaters = {everybody: FetchUpdater(fleet, device, keeper, *self._parts, everybody)}
 
@@ -137,13 +110,15 @@ class FetchUpdater(Updater):
         served: Served,
         sources: Sources,
         transports: Transports,
+        slots: Slots,
         begins: Callable[[Links], None],
         ranks: Sequence[int],
     ) -> None:
         """ranks: of the receivers in their world, for messages."""
         super().__init__(fleet, device, keeper, gatherer, registry, served)
-        self._sources, self._transports, self._begins, self._ranks = sources, transports, begins, ranks
-        self._agreed: _Agreed | None = None
+        self._sources, self._transports, self._slots, self._begins = sources, transports, slots, begins
+        self._ranks = ranks
+        self._agreed: Agreed | None = None
         self._keeping = False
         self._landing: tuple[Landing, tuple[Slot, ...]] | None = None
         self._book = None
@@ -170,6 +145,9 @@ class FetchUpdater(Updater):
             if self._landing is not None:
                 landing, slots = self._landing
                 landing.keep(slots)
+        except BaseException:
+            self._slots.close()  # with whatever may still be written there
+            raise
         finally:
             if self._landing is not None:
                 self._landing[0].close()
@@ -179,7 +157,7 @@ class FetchUpdater(Updater):
 
     # --- agreement -----------------------------------------------------------------------------------------------------
 
-    def _bid(self, name: str, settings: Settings) -> tuple[Metas | None, _Bid]:
+    def _bid(self, name: str, settings: Settings) -> tuple[Metas | None, Bid]:
         host, where = socket.gethostname(), whereabouts()
         try:
             metas = self._gatherer.manifest(name)
@@ -189,16 +167,16 @@ class FetchUpdater(Updater):
             part = self._gatherer.part(name, hex_digest(msgspec.msgpack.encode(metas)))
             token = self._sources.token
             here = [n for n, offer in enumerate(metas.offers) if offer is not None and offer.token == token]
-            return metas, _Bid(part, host, where, settings.peer_transport, here[0] if here else -1)
+            return metas, Bid(part, host, where, settings.peer_transport, here[0] if here else -1)
         except CheckpointEngineError as e:  # the others must not wait for this rank
             if self._fleet.world_size == 1:
                 raise
-            return None, _Bid(self._gatherer.part(name, ""), host, where, settings.peer_transport, error=str(e))
+            return None, Bid(self._gatherer.part(name, ""), host, where, settings.peer_transport, error=str(e))
 
-    def _agree(self, name: str, settings: Settings) -> _Agreed:
+    def _agree(self, name: str, settings: Settings) -> Agreed:
         metas, mine = self._bid(name, settings)
         payloads = self._fleet.links.exchange("update of some ranks", msgspec.msgpack.encode(mine), settings.join_timeout)
-        bids = [msgspec.msgpack.decode(payload, type=_Bid) for payload in payloads]
+        bids = [msgspec.msgpack.decode(payload, type=Bid) for payload in payloads]
         for rank, bid in zip(self._ranks, bids, strict=True):
             if bid.error:
                 raise AgreementError(f"receiver {rank} ({bid.host}) cannot take part in the update: {bid.error}")
@@ -212,13 +190,13 @@ class FetchUpdater(Updater):
         group = tuple(Receiver(b.source if b.source >= 0 else metas.world_size + n, b.host) for n, b in enumerate(bids))
         reads = plan_fetch(metas, [group], nics_of(metas), unreadable(metas))
         derived, sources = as_manifest(reads.groups[0], metas)
-        stream = _renumbered(derived, group)
+        stream = renumbered(derived, group)
         sizes = agreed_sizes(self._device.kind, [bid.part for bid in bids])
         one_host = len({bid.host for bid in bids}) == 1
         plan = make_plan(stream, sizes, self._device, one_host=one_host)
-        kinds = [{rank: _kind(metas, rank, bid) for rank, offer in enumerate(metas.offers) if offer} for bid in bids]
-        by = sorted({kinds[n][read.held.owner] for n, each in enumerate(group) for read in _crossing(reads, each.rank)})
-        return _Agreed(metas, reads, group, stream, sources, plan, sizes.ring_bytes, kinds[self._fleet.rank], ", ".join(by))
+        kinds = [{rank: kind_of(metas, rank, bid) for rank, offer in enumerate(metas.offers) if offer} for bid in bids]
+        by = sorted({kinds[n][read.held.owner] for n, each in enumerate(group) for read in crossing(reads, each.rank)})
+        return Agreed(metas, reads, group, stream, sources, plan, sizes.ring_bytes, kinds[self._fleet.rank], ", ".join(by))
 
     # --- hooks of Updater ----------------------------------------------------------------------------------------------
 
@@ -238,7 +216,7 @@ class FetchUpdater(Updater):
                 agreed.group,
                 agreed.kinds,
                 self._transports,
-                self._slots(name, agreed),
+                self._read_into(stack, name, agreed),
                 settings.connect_timeout,
             )
         )
@@ -248,51 +226,30 @@ class FetchUpdater(Updater):
         self._make_pass = partial(FetchPass, feed)
         return Prepared(agreed.metas, plan, (*supply.slots, *own_regions), None, supply.sources_of)
 
-    def _slots(self, name: str, agreed: _Agreed) -> tuple[Slot, ...]:
-        """A few, which are used again and again; one for each piece, when what is read shall stay; none to read into the ring."""
+    def _read_into(self, stack: contextlib.ExitStack, name: str, agreed: Agreed) -> tuple[Slot, ...]:
+        """A few, used again and again; one for each piece until `stack` ends, when what is read shall stay; none to read into
+        the ring."""
         rank, plan = self._fleet.rank, agreed.plan
         if self._into_ring(agreed):
             return ()
         if not self._keeping:
             pieces = sum(piece.owner == rank for bucket in plan.buckets for piece in bucket.pieces)
-            return tuple(Slot(self._device, plan.piece_bytes) for _ in range(min(SLOTS, pieces)))
+            return self._slots.take(min(SLOTS, pieces), plan.piece_bytes)
         reads = [tensor for region in agreed.stream.ranks[rank].regions for tensor in region.tensors]
         landing = Landing(self._registry, name, plan, rank, reads)
-        slots = tuple(Slot(self._device, place.nbytes, place) for place in landing.places)
+        slots = tuple(stack.enter_context(Slot(self._device, place.nbytes, place)) for place in landing.places)
         self._landing = landing, slots
         return slots
 
-    def _into_ring(self, agreed: _Agreed) -> bool:
+    def _into_ring(self, agreed: Agreed) -> bool:
         """On a CPU, by transports that are known to write nothing late."""
         quiescing = set(agreed.kinds.values()) <= {"tcp", "shm"}
         return self._device.kind == "cpu" and not self._device.staging_slots and quiescing and not self._keeping
 
+    def _give_back(self, name: str, settings: Settings) -> None:
+        super()._give_back(name, settings)
+        if settings.free_after_update:
+            self._slots.close()
+
     def _ring_bytes(self, name: str) -> int:
         return self._agreed.ring_bytes if self._agreed is not None else 0
-
-
-def _crossing(reads: FetchPlan, receiver: int) -> list[Assigned]:
-    """What a receiver reads from others."""
-    return [read for read in reads.reads() if read.receiver == receiver != read.held.owner]
-
-
-def _kind(metas: Metas, rank: int, bid: _Bid) -> str:
-    """The transport by which the receiver reads a source. Raises SettingsError when that does not offer it."""
-    offer = metas.offers[rank]
-    if offer is None:
-        raise SettingsError(f"rank {rank} is not to be read")
-    if bid.transport == "auto":
-        return choose(offer, bid.where, ())
-    if bid.transport not in offer.transports:
-        raise SettingsError(
-            f"{offer.name} does not offer {bid.transport!r} (it has {', '.join(offer.transports)}): "
-            f"{'set CHECKPOINT_ENGINE_PEER_TRANSPORT there, too' if bid.transport in RDMA else 'choose another transport'}"
-        )
-    return bid.transport
-
-
-def _renumbered(derived: Manifest, group: Sequence[Receiver]) -> Manifest:
-    """By the receivers' ranks among themselves; who reads nothing has no regions."""
-    regions = {rank.rank: rank.regions for rank in derived.ranks}
-    ranks = tuple(RankManifest(n, receiver.host, "", regions.get(receiver.rank, ())) for n, receiver in enumerate(group))
-    return Manifest(derived.checkpoint, ranks)

@@ -62,6 +62,30 @@ class Slot(Closing):
         self._owned.close()
 
 
+class Slots(Closing):
+    """Slots of host memory that one update after the other reads into: to take the memory and make it known costs as much as to
+    read 0.5 GB into it."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._slots: list[Slot] = []
+        self._slot_bytes = 0
+
+    def take(self, count: int, nbytes: int) -> tuple[Slot, ...]:
+        """`count` slots of `nbytes` each, those of the last call where they fit; they stay this object's. Raises as Slot."""
+        if nbytes != self._slot_bytes:
+            self.close()
+            self._slot_bytes = nbytes
+        while len(self._slots) < count:
+            self._slots.append(Slot(self._device, nbytes))
+        return tuple(self._slots[:count])
+
+    def close(self) -> None:
+        """Until `take` makes new ones."""
+        while self._slots:
+            self._slots.pop().close()
+
+
 class RingSlot(Slot):
     """A piece's place in the ring: what is read there need not be lifted. For transports that quiesce."""
 

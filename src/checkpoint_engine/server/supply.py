@@ -103,7 +103,7 @@ class Transports(Closing):
 
 
 class Supply(Closing):
-    """Reads wants into slots, from whoever holds them. Threads share it. Owns its connections, and the slots.
+    """Reads wants into slots, from whoever holds them. Threads share it. Owns its connections, not the slots.
 
     group: as in `plan`, whose only group it is. kinds: rank of a source -> transport to read it by.
     """
@@ -129,11 +129,7 @@ class Supply(Closing):
         self._fatal: CheckpointEngineError | None = None
         self.stopped = False
         self._place()
-        with contextlib.ExitStack() as stack:
-            for slot in slots:
-                stack.enter_context(slot)
-            self._transports = {kind: transports.get(kind) for kind in sorted(set(kinds.values()))}
-            self._owned = stack.pop_all()
+        self._transports = {kind: transports.get(kind) for kind in sorted(set(kinds.values()))}
 
     def _place(self) -> None:
         self._reads = {read.held.tensor.name: read for read in self._plan.reads()}
@@ -264,7 +260,6 @@ class Supply(Closing):
 
     def close(self) -> None:
         self.stop()
-        self._owned.close()
         if self._fatal is not None:  # it was raised in frames that hold the slots
             bare(self._fatal)
 
