@@ -60,20 +60,19 @@ def stages(gpus: int, upstream: Path | None, out: Path, descriptions: Path | Non
     yield Stage("peers", [python, "-m", "benchmarks.peer_update", "--transports", "tcp,shm", "--gib", "4"], 180)
     for model, seconds in MODELS.items():
 
-        def side(label: str, *more: str, model: str = model, seconds: float = seconds, **environment: str) -> Stage:
+        def side(label: str, *more: str, model: str = model, seconds: float = seconds) -> Stage:
             folder = str(upstream) if label.startswith("upstream") else str(ROOT / "src")
             path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
             run = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus), "--master-port", "25400", str(SIDE), model]
             rest = ["--label", label, "--verify", "--rounds", "5", "--out", str(out / "side.jsonl"), *more]
             needs = "upstream" if label.startswith("upstream") else ""
-            return Stage(f"{model}:{label}", [python, *run, *rest], seconds, {"PYTHONPATH": path, **environment}, needs)
+            return Stage(f"{model}:{label}", [python, *run, *rest], 1.3 * seconds, {"PYTHONPATH": path}, needs)
 
-        yield side("ours")
-        yield side("upstream")
+        yield side("ours", "--recorded", "--then", "ours-loader:CHECKPOINT_ENGINE_RECORDED_LOADS=off")
+        yield side("upstream", "--then", "upstream-2GB:PS_MAX_BUCKET_SIZE_GB=2")
         launch = [python, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus), "--master-port", "25500"]
         records = ["--out", str(out / "side.jsonl"), "--traces", str(out / "traces")]
         yield Stage(f"{model}:variants", [*launch, "-m", "benchmarks.variants", *records, model], 1.6 * seconds)
-        yield side("upstream-2GB", PS_MAX_BUCKET_SIZE_GB="2")
     vllm = {"PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])}
     known = ["--known", str(descriptions)] if descriptions else []
     correct = [python, "-m", "real_vllm.correctness", "--seconds", "280", "--servers", "16", "--recorded", *known]

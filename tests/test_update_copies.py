@@ -178,28 +178,32 @@ def test_memory_that_could_not_be_made_safe_once_stays_unsafe(monkeypatch: pytes
     memory.close()
 
 
-def test_rings_that_are_still_being_mapped_are_unmapped_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their owners may free them next; a rank that copies nothing itself never waited for them to be mapped."""
-    device, begun = CpuDevice(), threading.Event()
+def test_rings_are_mapped_for_the_first_copy_and_unmapped_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before: a device may lift nothing while it maps. Their owners may free them when all have unmapped them."""
+    device, mapped = CpuDevice(), threading.Event()
 
-    def slowly(*args: Any) -> Mapping:
-        begun.set()
-        time.sleep(0.3)
+    def open_peer(*args: Any) -> Mapping:
+        mapped.set()
         return device.open_ring(*args)
 
-    monkeypatch.setattr(device, "open_peer", slowly)
+    monkeypatch.setattr(device, "open_peer", open_peer)
     with (
         device.allocate_ring(4096) as one,
         device.allocate_ring(4096) as other,
         PushCollective(device, 0, one, 5.0) as copies,
         PushCollective(device, 1, other, 5.0) as idle,
+        device.stream("share") as stream,
     ):
-        members = [copies.member, idle.member]
-        idle.meet(members, at_once=False)
-        assert begun.wait(5)
-        idle.rest()
-        assert idle._pushing.finish(5)
-        assert not idle._rings
+        for each in (copies, idle):
+            each.meet([copies.member, idle.member], at_once=False)
+        assert copies._pushing.record().wait(5) and not mapped.is_set()
+        one.tensor.fill_(7)
+        idle.broadcast(other.tensor, None, 0, stream, None)
+        assert copies.broadcast(one.tensor, None, 0, stream, None).wait(5) and mapped.is_set()
+        assert bool((other.tensor == 7).all())
+        for each in (copies, idle):
+            each.rest()
+            assert not each._rings
 
 
 def _memfds() -> int:

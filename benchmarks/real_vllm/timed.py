@@ -22,7 +22,7 @@ import torch
 
 from checkpoint_engine.ps import ParameterServer
 from real_vllm.models import SHAPES, tensors
-from real_vllm.server import READY_SECONDS, rpc
+from real_vllm.server import READY_SECONDS, http, rpc
 
 NOISE = 1 << 30
 """Bytes per dtype that all tensors are views of: registering copies them, so the checkpoint is as large as it says."""
@@ -84,14 +84,14 @@ def memory_watched(seen: dict[str, Any], device: int) -> Any:
 
 
 def post(url: str, path: str) -> None:
-    httpx.post(f"{url}{path}", timeout=SECONDS, trust_env=False).raise_for_status()
+    http.post(f"{url}{path}", timeout=SECONDS).raise_for_status()
 
 
 def wait_ready(url: str) -> None:
     end = time.monotonic() + READY_SECONDS
     while time.monotonic() < end:
         try:
-            if httpx.get(f"{url}/health", timeout=5, trust_env=False).is_success:
+            if http.get(f"{url}/health", timeout=5).is_success:
                 return
         except httpx.HTTPError:
             pass

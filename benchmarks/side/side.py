@@ -5,9 +5,11 @@
 One parameter server per rank, one worker process per GPU holding a TP=N shard (tpmodel.py) that loads the way vLLM's
 loaders do. Uses only the names of the drop-in contract, so that two implementations run on the same work. A round is
 `gather_metas` + `update` and ends when the slowest rank's worker has returned; parameters are zeroed before each, so that
-`--verify` proves the last round. Memory is compared with the moment before the server was made. Prints a line per
+`--verify` proves the last of them. Memory is compared with the moment before the server was made. Prints a line per
 round and appends a JSON record to FILE. --recorded names the model to the session, which only ours takes: its loads are
 recorded and proved in the first round and replayed from then on, so the median leaves out the first two rounds.
+--then LABEL:NAME=VALUE: afterwards as many rounds again with that variable in the environment of servers and workers, in a
+record of their own.
 Without a GPU ours runs on the CPU, to rehearse; memory is then not measured.
 """
 import argparse, json, os, random, statistics, sys, threading, time
@@ -61,7 +63,7 @@ def source(base: torch.Tensor, index: int, t) -> torch.Tensor:
     return base[off:off + size].view(t[2]).view(t[1])
 
 
-def worker(rank, tp, uuid, model, verify, recorded, requests, replies):
+def worker(rank, tp, uuid, model, recorded, requests, replies):
     import zmq
     from checkpoint_engine.worker import update_weights_from_ipc
     device = use(rank)
@@ -70,30 +72,39 @@ def worker(rank, tp, uuid, model, verify, recorded, requests, replies):
     more = {"model": named(shard)} if recorded else {}
     wait()
     replies.put("ready")
-    while (paths := requests.get()) is not None:
-        if paths == "zero":
+    while (asked := requests.get()) is not None:
+        if isinstance(asked, dict):
+            os.environ.update(asked)
+        elif asked == "zero":
             for p in shard.p.values():
                 p.zero_()
             wait()
             replies.put("zeroed")
-            continue
-        inside = [0.0, 0]
+        elif asked == "verify":
+            replies.put(differing(shard, spec, tp, rank, device))
+        else:
+            inside = [0.0, 0]
 
-        def load(weights):
-            t = time.perf_counter()
-            shard.load_weights(weights)
-            inside[0] += time.perf_counter() - t
-            inside[1] += 1
-        handle = dict(paths)[uuid] if CUDA else paths[rank][1]
-        update_weights_from_ipc(ctx, handle, device_id=rank, run=load, post_hook=None, **more)
-        replies.put(inside)
-    wrong = []
-    if verify:
-        base = base_bytes().to(device)
-        expected = TPModel(spec, tp, rank, device)
-        expected.load_weights((t[0], source(base, i, t)) for i, t in enumerate(spec))
-        wrong = [k for k in shard.p if not torch.equal(shard.p[k].view(torch.uint8), expected.p[k].view(torch.uint8))]
-    replies.put(wrong)
+            def load(weights):
+                t = time.perf_counter()
+                shard.load_weights(weights)
+                inside[0] += time.perf_counter() - t
+                inside[1] += 1
+            handle = dict(asked)[uuid] if CUDA else asked[rank][1]
+            update_weights_from_ipc(ctx, handle, device_id=rank, run=load, post_hook=None, **more)
+            replies.put(inside)
+
+
+def differing(shard, spec, tp, rank, device):
+    """Names of the shard's parameters that are not what the model's own loader makes of the same weights."""
+    base = base_bytes().to(device)
+    expected = TPModel(spec, tp, rank, device)
+    expected.load_weights((t[0], source(base, i, t)) for i, t in enumerate(spec))
+    wrong = [k for k in shard.p if not torch.equal(shard.p[k].view(torch.uint8), expected.p[k].view(torch.uint8))]
+    del base, expected
+    if CUDA:                                           # the memory of what was compared is not the next update's
+        torch.cuda.empty_cache()
+    return wrong
 
 
 class Meeting:
@@ -117,6 +128,13 @@ class Meeting:
         return [float(open(n).read()) for n in names]
 
 
+def series(text):
+    """(label, environment) of LABEL:NAME=VALUE."""
+    label, _, setting = text.partition(":")
+    name, _, value = setting.partition("=")
+    return label, {name: value}
+
+
 def main():
     ap = argparse.ArgumentParser()
     ap.add_argument("model", choices=list(ZOO))
@@ -124,6 +142,7 @@ def main():
     ap.add_argument("--verify", action="store_true")
     ap.add_argument("--label", default="")
     ap.add_argument("--recorded", action="store_true")
+    ap.add_argument("--then", action="append", default=[], metavar="LABEL:NAME=VALUE")
     ap.add_argument("--out")
     a = ap.parse_args()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -138,7 +157,7 @@ def main():
     ctx = mp.get_context("spawn")
     requests, replies = ctx.Queue(), ctx.Queue()
     uuid = f"GPU-{torch.cuda.get_device_properties(rank).uuid!s}" if CUDA else ""
-    proc = ctx.Process(target=worker, args=(rank, world, uuid, a.model, a.verify, a.recorded, requests, replies))
+    proc = ctx.Process(target=worker, args=(rank, world, uuid, a.model, a.recorded, requests, replies))
     proc.start()
     assert replies.get() == "ready"
     free0 = free_bytes()
@@ -147,48 +166,56 @@ def main():
     t0 = time.perf_counter()
     ps.register_checkpoint("c", named_tensors=mine)
     registered = time.perf_counter() - t0
-    gb, seconds, extra, inside, meet = sum(load) / 1e9, [], 0, (0.0, 0), Meeting(rank, world)
-    for i in range(a.rounds):
-        requests.put("zero")
-        assert replies.get() == "zeroed"
-        meet()
-        low, stop = [1 << 62], threading.Event()
+    gb, meet, found = sum(load) / 1e9, Meeting(rank, world), []
+    for label, environment in [(a.label, {})] + [series(text) for text in a.then]:
+        os.environ.update(environment)
+        requests.put(environment)
+        seconds, extra, inside = [], 0, (0.0, 0)
+        for i in range(a.rounds):
+            requests.put("zero")
+            assert replies.get() == "zeroed"
+            meet()
+            low, stop = [1 << 62], threading.Event()
 
-        def watch():
-            use(rank)                              # or this thread makes a context on GPU 0, half a GiB, and counts it
-            while not stop.is_set():
-                low[0] = min(low[0], free_bytes())
-                time.sleep(0.005)
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        t0 = time.perf_counter()
-        ps.gather_metas("c")
-        t1 = time.perf_counter()
-        ps.update("c", requests.put)
-        inside = replies.get()
-        t2 = time.perf_counter()
-        stop.set(), watcher.join()
-        total = max(meet(t2 - t0))
-        held = free0 - free_bytes()
-        seconds.append((t1 - t0, total))
-        extra = max(extra, free0 - low[0])
-        if rank == 0:
-            print(f"{a.label} {a.model} round {i}: {total:.3f} s, of it gather {t1 - t0:.3f} s, {gb / total:.1f} GB/s, inside load_weights "
-                  f"{inside[0]:.3f} s / {inside[1]} calls, GPU memory +{(free0 - low[0]) / GIB:.2f} GiB at most, +{held / GIB:.2f} after", flush=True)
-        time.sleep(1)
-    requests.put(None)
-    wrong = replies.get()
-    proc.join()
-    if rank == 0:
+            def watch():
+                use(rank)                              # or this thread makes a context on GPU 0, half a GiB, and counts it
+                while not stop.is_set():
+                    low[0] = min(low[0], free_bytes())
+                    time.sleep(0.005)
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            t0 = time.perf_counter()
+            ps.gather_metas("c")
+            t1 = time.perf_counter()
+            ps.update("c", requests.put)
+            inside = replies.get()
+            t2 = time.perf_counter()
+            stop.set(), watcher.join()
+            total = max(meet(t2 - t0))
+            held = free0 - free_bytes()
+            seconds.append((t1 - t0, total))
+            extra = max(extra, free0 - low[0])
+            if rank == 0:
+                print(f"{label} {a.model} round {i}: {total:.3f} s, of it gather {t1 - t0:.3f} s, {gb / total:.1f} GB/s, inside load_weights "
+                      f"{inside[0]:.3f} s / {inside[1]} calls, GPU memory +{(free0 - low[0]) / GIB:.2f} GiB at most, +{held / GIB:.2f} after", flush=True)
+            time.sleep(1)
+        wrong = []
+        if a.verify:
+            requests.put("verify")
+            wrong = replies.get()
         med = statistics.median(s[1] for s in seconds[2 if a.recorded else 1:] or seconds)
-        rec = dict(label=a.label, model=a.model, gpus=world, gb=round(gb, 2), tensors=len(spec), register_s=round(registered, 2),
-                   median_s=round(med, 4), gather_s=round(seconds[-1][0], 4), gb_per_s=round(gb / med, 1), first_s=round(seconds[0][1], 3),
-                   inside_load_s=round(inside[0], 3), extra_gpu_gib=round(extra / GIB, 2), held_gpu_gib=round(held / GIB, 2), verified=(a.verify and not wrong), wrong=wrong[:5])
+        found.append(dict(label=label, model=a.model, gpus=world, gb=round(gb, 2), tensors=len(spec), register_s=round(registered, 2),
+                          median_s=round(med, 4), gather_s=round(seconds[-1][0], 4), gb_per_s=round(gb / med, 1), first_s=round(seconds[0][1], 3),
+                          inside_load_s=round(inside[0], 3), extra_gpu_gib=round(extra / GIB, 2), held_gpu_gib=round(held / GIB, 2),
+                          verified=(a.verify and not wrong), wrong=wrong[:5]))
+    requests.put(None)
+    proc.join()
+    for rec in found if rank == 0 else []:
         print(json.dumps(rec), flush=True)
         if a.out:
             with open(a.out, "a") as f:
                 f.write(json.dumps(rec) + "\n")
-    sys.exit(1 if wrong else 0)
+    sys.exit(1 if any(rec["wrong"] for rec in found) else 0)
 
 
 if __name__ == "__main__":

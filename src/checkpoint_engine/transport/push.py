@@ -141,8 +141,9 @@ class PushCollective(Collective):
     def meet(self, members: Sequence[Member], *, at_once: bool = True) -> None:
         """Open what all ranks, in rank order, have told of themselves.
 
-        at_once: the rings too. Else they are opened in the thread that copies, while the first pieces are lifted: mapping
-        another GPU's memory takes 1 ms, from 512 MiB on 10 to 20 (measured on H200), and what fails there fails the update.
+        at_once: the rings too. Else they are opened in the thread that copies, when the first pieces are being lifted: mapping
+        another GPU's memory takes 1 ms, from 512 MiB on 10 to 20 (measured on H200), and a lift that is queued after it has begun
+        does not start before it is over. What fails there fails the update.
 
         Raises OSError, ProtocolError, DeviceError.
         """
@@ -154,11 +155,8 @@ class PushCollective(Collective):
         ]
         if at_once:
             self._open_rings()
-        else:
-            self._pushing.call(partial(self._guard, self._open_rings))
 
     def _open_rings(self) -> None:
-        self._device.bind_thread()
         for rank in self._receivers():
             member = self._members[rank]
             with contextlib.ExitStack() as opened:
@@ -248,7 +246,7 @@ class PushCollective(Collective):
             self.error = self.error or bare(error)
 
     def rest(self) -> None:
-        # In the thread that maps: on a rank that owns nothing it may be at it still, and nobody waited for that.
+        # In the thread that maps them.
         self._pushing.call(partial(self._guard, self._unmap))
         if not self._pushing.record().wait(self.seconds):
             raise DeadlineError("the other ranks' rings to be unmapped", self.seconds)
