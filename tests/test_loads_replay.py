@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from checkpoint_engine.loads.model import Model
 from checkpoint_engine.loads.moves import MAX_DIMS, Move, Source, moves
 from checkpoint_engine.loads.plan import Copy, LoadersTensor, LoadPlan, PlannedTensor, Storage
 from checkpoint_engine.loads.proof import Proof
-from checkpoint_engine.loads.replay import Copies, Replayer
+from checkpoint_engine.loads.replay import Copies, Replayer, make_ready
 from helpers.loads import Memory, Run, Weights, record, replay
 
 BF16 = torch.bfloat16
@@ -340,12 +341,26 @@ def test_the_kernel_on_a_gpu(shift: int, memory: str) -> None:
     kernel_matches_copies("cuda", shift, memory)
 
 
+def compiled_ahead(tensors: dict[str, torch.Tensor]) -> Any:
+    """What Triton has compiled of the kernel for the device."""
+    from checkpoint_engine.loads import kernel
+
+    make_ready(Model(tensors))
+    thread = kernel._compiling[tensors["moe.w2"].device]
+    thread.join(kernel.COMPILE_SECONDS)
+    assert not thread.is_alive()
+    return kernel._gather.device_caches[0][0]
+
+
 @pytest.mark.gpu
 def test_a_model_on_a_gpu_is_replayed_by_one_launch() -> None:
     tensors, fresh = fused("cuda"), fused("cuda")
     plan = record(second_rank_of_two(tensors), [[(n, w.cuda()) for n, w in experts(1)]], tensors)
     memory = Memory(experts(2), "cuda")
     proof = Proof(plan, Model(tensors))
+    compiled = compiled_ahead(tensors)
+    variants = len(compiled)
     Replayer(plan, Model(tensors)).prepare(memory.sources).replay([memory.raw])
+    assert len(compiled) == variants > 0
     second_rank_of_two(fresh)(experts(2))
     assert same(tensors, fresh) and proof.differing() == ["moe.w13", "moe.w2"]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Sequence
 
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-from checkpoint_engine.loads.bulk import BulkCopies, Rows, in_bulk
+from checkpoint_engine.loads.bulk import BulkCopies, Rows, in_bulk, side_stream
 from checkpoint_engine.loads.moves import MAX_DIMS, Move, Storages
 
 BLOCK = 1024
@@ -23,7 +24,36 @@ HOST_PROGRAMS = 32
 device alone."""
 COLUMNS = 16
 """Of a descriptor."""
+COMPILE_SECONDS = 20.0
+"""Longest wait for a thread that compiles the kernel."""
 _MAX_UNITS = (1 << 31) - BLOCK
+
+
+_compiling: dict[torch.device, threading.Thread] = {}
+
+
+def compile_ahead(device: torch.device) -> None:
+    """Have the kernel compiled for a CUDA device, in a thread, while something else goes on. Once a process; it takes a second or
+    two where Triton has it in no cache."""
+    if device not in _compiling:
+        _compiling[device] = threading.Thread(target=_compile, args=(device,), name="compile-kernel", daemon=True)
+        _compiling[device].start()
+
+
+def _compile(device: torch.device) -> None:
+    # What fails here fails again where it is needed.
+    with contextlib.suppress(Exception), torch.cuda.device(device), torch.cuda.stream(side_stream(device)):
+        nothing = torch.zeros(COLUMNS, dtype=torch.int64, device=device)
+        _launch(1, nothing, nothing.to(torch.int32), nothing, 0)
+
+
+def _launch(programs: int, table: torch.Tensor, tiles: torch.Tensor, bases: torch.Tensor, count: int) -> None:
+    """On the current stream."""
+    if table.device.type != "cuda":  # Triton's interpreter
+        _gather[(programs,)](table, tiles, bases, count, BLOCK=BLOCK, COLUMNS=COLUMNS)
+        return
+    with torch.cuda.device(table.device):
+        _gather[(programs,)](table, tiles, bases, count, BLOCK=BLOCK, COLUMNS=COLUMNS, num_warps=8)
 
 
 class Gather:
@@ -42,21 +72,16 @@ class Gather:
         bases = tuple(memory.data_ptr() for memory in memories)
         kinds = tuple((base % 16, memory.device.type == "cpu") for base, memory in zip(bases, memories, strict=True))
         if self._made_for != kinds:
+            if (thread := _compiling.get(self._device)) is not None:
+                thread.join(COMPILE_SECONDS)  # then it is not compiled twice at a time
             self._make(kinds)
         if self._bases != bases:
             self._bases_there = torch.tensor(bases, dtype=torch.int64).to(self._device)
             self._bases = bases
         with self._bulk.beside(bases) if self._bulk is not None else contextlib.nullcontext():
             if tiles := self._tiles.shape[0]:
-                self._launch(min(HOST_PROGRAMS if any(host for _, host in kinds) else self._many(), tiles))
-
-    def _launch(self, programs: int) -> None:
-        arguments = (self._table, self._tiles, self._bases_there, self._tiles.shape[0])
-        if self._device.type != "cuda":  # Triton's interpreter
-            _gather[(programs,)](*arguments, BLOCK=BLOCK, COLUMNS=COLUMNS)
-            return
-        with torch.cuda.device(self._device):
-            _gather[(programs,)](*arguments, BLOCK=BLOCK, COLUMNS=COLUMNS, num_warps=8)
+                programs = HOST_PROGRAMS if any(host for _, host in kinds) else self._many()
+                _launch(min(programs, tiles), self._table, self._tiles, self._bases_there, tiles)
 
     def _many(self) -> int:
         if self._device.type != "cuda":

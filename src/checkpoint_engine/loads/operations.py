@@ -31,6 +31,8 @@ _OVERWRITES = {"aten::fill_", "aten::zero_", "aten::copy_"}
 COMPOSITE = object()
 """Stands for operations made of others, which inference mode does not take apart by itself; some of those that call themselves
 views copy (reshape)."""
+UNKNOWN = object()
+"""Stands for operations that were not seen before."""
 
 
 class Operations:
@@ -57,8 +59,8 @@ class Operations:
             "aten::stack": self._stack,
         }
 
-    def learn(self, func: Any) -> None:
-        """Find the handler of an operation that is seen for the first time."""
+    def learn(self, func: Any) -> Any:
+        """Find the handler of an operation that is seen for the first time, and return it."""
         name = func._schema.name
         handler: Any = None if func.is_view or name in _ALIASES else self._special.get(name, self._other)
         if func._schema.is_mutable and not name.endswith("_"):  # out=
@@ -66,6 +68,7 @@ class Operations:
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             handler = COMPOSITE
         self.handlers[func] = handler
+        return handler
 
     def begin(self, call: int, sources: Iterable[tuple[int, torch.Tensor]]) -> None:
         self._call, self._stale = call, False

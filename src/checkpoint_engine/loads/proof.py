@@ -30,8 +30,11 @@ class Proof:
 
     def poison(self) -> None:
         """Change every byte that a replay writes, and those that the loader was seen to overwrite with the other tensors."""
-        for tensor in self._plan.planned:
-            for copy in (c for c in tensor.copies if c.storage < len(self._model.bytes)):
+        covered = [number for number in self._plan.covered if number < len(self._model.bytes)]
+        for number in covered:
+            self._model.bytes[number].bitwise_not_()
+        for copy in (copy for tensor in self._plan.planned for copy in tensor.copies):
+            if copy.storage < len(self._model.bytes) and copy.storage not in self._plan.covered:
                 raw = self._model.bytes[copy.storage]
                 view(raw, copy.target, copy.run, copy.sizes, copy.target_strides).bitwise_not_()
         for left in self._plan.loader:

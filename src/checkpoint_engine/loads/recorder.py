@@ -16,7 +16,7 @@ from checkpoint_engine.errors import LoadPlanError
 from checkpoint_engine.loads.digest import storage_digests
 from checkpoint_engine.loads.model import Model, storage_key
 from checkpoint_engine.loads.observed import Observed, Source
-from checkpoint_engine.loads.operations import COMPOSITE, Operations, dtype_name
+from checkpoint_engine.loads.operations import COMPOSITE, UNKNOWN, Operations, dtype_name
 from checkpoint_engine.loads.plan import LoadPlan
 from checkpoint_engine.loads.resolve import resolve
 from checkpoint_engine.loads.staging import RecordedSlots
@@ -134,10 +134,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handlers = self._operations.handlers
-        if func not in handlers:
-            self._operations.learn(func)
-        handle = handlers[func]
+        handle = self._operations.handlers.get(func, UNKNOWN)  # looked up once: torch hashes its operations in Python
+        if handle is UNKNOWN:
+            handle = self._operations.learn(func)
         if handle is COMPOSITE:
             with self:
                 return func.decompose(*args, **(kwargs or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
@@ -74,8 +75,7 @@ class Replayer:
             raise LoadPlanError("its storages are not the model's")
         plan.check()
         self.plan, self._model = plan, model
-        devices = {raw.device for raw in model.bytes}
-        self.kernel = len(devices) == 1 and next(iter(devices)).type == "cuda"
+        self.kernel = _device_with_kernel(model) is not None
 
     def prepare(self, sources: Iterable[Source]) -> Prepared:
         """Work out what to do for a bucket whose tensors lie at `sources`. Takes some 10 us a tensor; keep it."""
@@ -96,6 +96,21 @@ class Replayer:
         """Staged layers that these tensors go to, in their order."""
         slots = (self.plan.storages[copy.storage].slot for tensor in planned for copy in tensor.copies)
         return list(dict.fromkeys(slot.layer for slot in slots if slot is not None))
+
+
+def make_ready(model: Model) -> None:
+    """What takes long before anything was replayed on the model's device begins now, in a thread."""
+    if (device := _device_with_kernel(model)) is not None:
+        with contextlib.suppress(ImportError):  # to be said when it is needed
+            from checkpoint_engine.loads.kernel import compile_ahead
+
+            compile_ahead(device)
+
+
+def _device_with_kernel(model: Model) -> torch.device | None:
+    """The CUDA device that all of the model is on."""
+    devices = {raw.device for raw in model.bytes}
+    return next(iter(devices)) if len(devices) == 1 and {device.type for device in devices} == {"cuda"} else None
 
 
 def _way(found: list[Move], storages: Storages, *, kernel: bool) -> Way:

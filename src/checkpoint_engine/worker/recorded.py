@@ -16,6 +16,7 @@ from checkpoint_engine.loads.plan import LoadPlan
 from checkpoint_engine.loads.proof import Proof
 from checkpoint_engine.loads.recordable import Recordable
 from checkpoint_engine.loads.recorder import Recorder
+from checkpoint_engine.loads.replay import make_ready
 from checkpoint_engine.loads.staging import BlankSlots, Listener
 from checkpoint_engine.planning.bits import pack_bits
 from checkpoint_engine.transport.messages import Table
@@ -107,6 +108,7 @@ class Loads:
         model = engine.model()
         kept = lookup(engine.module, model.fingerprint, self._checkpoint)
         if kept is None:
+            make_ready(model)
             self._recorder = Recorder(model)
             self._slots = self._recorder.slots
             self.way = Way.RECORD
