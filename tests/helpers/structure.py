@@ -23,7 +23,7 @@ LAYERS = (
     ("Devices", ("devices",)),
     ("Host memory", ("memory",)),
     ("Planning", ("planning",)),
-    ("Manifest, timelines, errors, settings", ("manifest", "timeline", "errors", "settings")),
+    ("Manifest, timelines, errors, settings, what is kept", ("manifest", "timeline", "errors", "recent", "settings")),
 )
 
 HEAD = """\

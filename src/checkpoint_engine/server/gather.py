@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import socket
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import msgspec
@@ -16,6 +15,7 @@ from checkpoint_engine.planning.buckets import plan_broadcast
 from checkpoint_engine.planning.cost import CPU, H200, H200_HOST
 from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.planning.sizes import Sizes, default_sizes, preferred_bucket
+from checkpoint_engine.recent import Recent
 from checkpoint_engine.server.fleet import Fleet
 from checkpoint_engine.server.sources import Metas
 from checkpoint_engine.settings import Settings
@@ -70,7 +70,7 @@ class Gatherer:
         self._sizes: dict[str, Sizes] = {}
         self._current: str | None = None
         self._last: tuple[str, tuple[RankManifest, ...]] = ("", ())
-        self._plans: OrderedDict[tuple[str, Sizes, bool], Plan] = OrderedDict()
+        self._plans: Recent[tuple[str, Sizes, bool], Plan] = Recent(KEPT_PLANS)
 
     def gather(self, name: str, regions: tuple[RegionMeta, ...], offer: PeerOffer | None = None) -> None:
         """All ranks may bring nothing: joiners do, before they load the metas that others saved."""
@@ -119,11 +119,7 @@ class Gatherer:
         manifest, sizes = self._manifests[name], self._sizes[name]
         one_host = len({rank.host for rank in manifest.ranks}) == 1  # where ranks copy, and stage nothing
         key = (manifest.layout_digest, sizes, one_host)
-        if key not in self._plans:
-            self._plans[key] = make_plan(manifest, sizes, self._device, one_host=one_host)
-            while len(self._plans) > KEPT_PLANS:
-                self._plans.popitem(last=False)
-        return manifest, self._plans[key]
+        return manifest, self._plans.of(key, lambda: make_plan(manifest, sizes, self._device, one_host=one_host))
 
     def ring_bytes(self, name: str) -> int:
         """What the ring has when no tensor needs more; 0 when nothing was gathered."""

@@ -7,7 +7,6 @@ broadcast instead.
 
 from __future__ import annotations
 
-import collections
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from checkpoint_engine.manifest import Manifest, hex_digest
 from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.planning.mapped import Grouped, grouped, mapped_items
 from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.recent import Recent
 from checkpoint_engine.server.pipeline import Pass
 from checkpoint_engine.transport.channel import MAX_DESCRIPTORS
 from checkpoint_engine.transport.descriptors import SharedDescriptor
@@ -64,14 +64,10 @@ class Grouping:
 
     def __init__(self, device: Device) -> None:
         self._together = 0 if device.kind == "cpu" else PULLED_BUCKETS
-        self._kept: collections.OrderedDict[str, Grouped] = collections.OrderedDict()  # by the plan's digest
+        self._kept: Recent[str, Grouped] = Recent(KEPT_PLANS)  # by the plan's digest
 
     def of(self, plan: Plan) -> Grouped:
-        if plan.digest not in self._kept:
-            self._kept[plan.digest] = grouped(plan, self._together * plan.bucket_bytes)
-            while len(self._kept) > KEPT_PLANS:
-                self._kept.popitem(last=False)
-        return self._kept[plan.digest]
+        return self._kept.of(plan.digest, lambda: grouped(plan, self._together * plan.bucket_bytes))
 
 
 class MappedPass(Pass):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import logging
@@ -16,6 +15,7 @@ from checkpoint_engine.errors import AgreementError
 from checkpoint_engine.manifest import Manifest, hex_digest
 from checkpoint_engine.planning.cost import H200, H200_PULL, predict_pull, predict_replayed
 from checkpoint_engine.planning.plan import Plan
+from checkpoint_engine.recent import Recent
 from checkpoint_engine.server.mapped import OpenRegions
 from checkpoint_engine.server.offer import Offer
 from checkpoint_engine.server.pipeline import Pass
@@ -80,8 +80,8 @@ class Puller:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._reads: collections.OrderedDict[str, int] = collections.OrderedDict()  # by the plan's digest
-        self._seconds: collections.OrderedDict[str, float] = collections.OrderedDict()  # likewise
+        self._reads: Recent[str, int] = Recent(KEPT_PLANS)  # by the plan's digest
+        self._seconds: Recent[str, float] = Recent(KEPT_PLANS)  # likewise
         self._ahead = ""
 
     def shares(self, settings: Settings) -> bool:
@@ -127,18 +127,12 @@ class Puller:
         return Method(pull=False), None
 
     def _broadcast_seconds(self, plan: Plan, world_size: int) -> float:
-        if plan.digest not in self._seconds:
-            staging = self._device.staging_slots
-            self._seconds[plan.digest] = predict_replayed(plan, H200, world_size, staging=staging).seconds
-            while len(self._seconds) > KEPT_PLANS:
-                self._seconds.popitem(last=False)
-        return self._seconds[plan.digest]
+        staging = self._device.staging_slots
+        return self._seconds.of(plan.digest, lambda: predict_replayed(plan, H200, world_size, staging=staging).seconds)
 
     def settle(self, offers: Sequence[Offer], plan: Plan, reads: int, *, mapped: bool) -> None:
         """An update has gone well. reads: of Crew; mapped: the worker has the regions, or is about to."""
-        self._reads[plan.digest] = reads
-        while len(self._reads) > KEPT_PLANS:
-            self._reads.popitem(last=False)
+        self._reads.put(plan.digest, reads)
         self._ahead = regions_digest(offers) if mapped else ""
 
 

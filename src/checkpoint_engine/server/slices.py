@@ -6,7 +6,6 @@ a tensor (planning.slices), asks the workers for the sums of theirs, and compare
 
 from __future__ import annotations
 
-import collections
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -20,6 +19,7 @@ from checkpoint_engine.memory.checksum import LENGTH_WEIGHT, finish, signed, unp
 from checkpoint_engine.planning.bits import pack_bits
 from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.planning.slices import Rule, Taken, rules
+from checkpoint_engine.recent import Recent
 from checkpoint_engine.transport.messages import Slicing
 
 KEPT_TAKEN = 8
@@ -45,8 +45,8 @@ class SliceBook:
     """What workers have said that they take, of the plans of one server's updates; and what follows from it."""
 
     def __init__(self) -> None:
-        self._taken: collections.OrderedDict[tuple[str, str], Taken] = collections.OrderedDict()  # by plan and name
-        self._rules: collections.OrderedDict[tuple[str, tuple[str, ...]], Rules] = collections.OrderedDict()
+        self._taken: Recent[tuple[str, str], Taken] = Recent(KEPT_TAKEN)  # by plan and name
+        self._rules: Recent[tuple[str, tuple[str, ...]], Rules] = Recent(KEPT_TAKEN)
         self._asked_key: object = None
         self._asked, self._has = NOTHING, torch.zeros(0, dtype=torch.bool)
 
@@ -55,9 +55,8 @@ class SliceBook:
         if (plan.digest, hex_digest(data)) in self._taken:
             return  # a replica takes the same
         taken = Taken.decode(data, plan.item_sizes)
-        self._taken[plan.digest, taken.name] = taken
-        while len(self._taken) > KEPT_TAKEN * ranks:
-            self._taken.popitem(last=False)
+        self._taken.size = KEPT_TAKEN * ranks
+        self._taken.put((plan.digest, taken.name), taken)
 
     def known(self, plan: Plan, names: Sequence[str]) -> str | None:
         """The first of these names that is known."""
@@ -65,12 +64,9 @@ class SliceBook:
 
     def rules(self, plan: Plan, names: tuple[str, ...]) -> Rules:
         """Of those who take what has these names, all of them known and different."""
-        key = plan.digest, names
-        if key not in self._rules:
-            self._rules[key] = rules(plan.item_sizes, [self._taken[plan.digest, name] for name in names])
-            while len(self._rules) > KEPT_TAKEN:
-                self._rules.popitem(last=False)
-        return self._rules[key]
+        return self._rules.of(
+            (plan.digest, names), lambda: rules(plan.item_sizes, [self._taken[plan.digest, name] for name in names])
+        )
 
     def asked(self, plan: Plan, names: tuple[str, ...], digests: torch.Tensor) -> Asked:
         """What those are asked for who take what has these names. digests: of the plan's tensors."""

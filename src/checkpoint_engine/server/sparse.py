@@ -6,7 +6,6 @@ one, which comes whole.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Sequence
 
 import msgspec
@@ -15,6 +14,7 @@ from checkpoint_engine.devices.base import Device
 from checkpoint_engine.errors import AgreementError
 from checkpoint_engine.planning.plan import Plan
 from checkpoint_engine.planning.sharing import MAX_GROUPS, Shares, plan_shares
+from checkpoint_engine.recent import Recent
 from checkpoint_engine.server.offer import Offer
 from checkpoint_engine.settings import Settings
 
@@ -26,12 +26,13 @@ class Sparse:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._needs: collections.OrderedDict[str, bytes] = collections.OrderedDict()  # by the plan's digest
+        self._needs: Recent[str, bytes] = Recent(KEPT_PLANS)  # by the plan's digest
         self._last: tuple[object, Shares | None] = (None, None)
 
     def offer(self, offer: Offer, settings: Settings) -> Offer:
         """With what this rank needs; it is forgotten until the update has gone well."""
-        needs = self._needs.pop(offer.plan, b"")
+        needs = self._needs.get(offer.plan, b"")
+        self._needs.drop(offer.plan)
         on = settings.sparse == "on" or (settings.sparse == "auto" and self._device.kind == "cpu")
         return msgspec.structs.replace(offer, needs=needs if on else b"")
 
@@ -52,6 +53,4 @@ class Sparse:
 
     def settle(self, plan: Plan, needs: bytes) -> None:
         """An update has gone well. needs: of Crew."""
-        self._needs[plan.digest] = needs
-        while len(self._needs) > KEPT_PLANS:
-            self._needs.popitem(last=False)
+        self._needs.put(plan.digest, needs)

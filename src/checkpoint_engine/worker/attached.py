@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import os
 from collections.abc import Iterator, Sequence
 
@@ -10,26 +9,25 @@ import torch
 
 from checkpoint_engine.devices.base import Device, Mapping
 from checkpoint_engine.errors import ProtocolError
+from checkpoint_engine.recent import Recent
 from checkpoint_engine.transport.messages import Attach, Table
 from checkpoint_engine.worker.views import Views
 
 KEPT_TABLES = 4
 
-_tables: collections.OrderedDict[str, tuple[Table, ...]] = collections.OrderedDict()
+_tables: Recent[str, tuple[Table, ...]] = Recent(KEPT_TABLES)
 
 
 def known_plans() -> tuple[str, ...]:
     """Digests of the plans whose tables are kept."""
-    return tuple(_tables)
+    return _tables.keys()
 
 
 def tables_of(attach: Attach) -> tuple[Table, ...]:
     """Sent now, or kept. Raises ProtocolError when they are neither."""
     if attach.tables is not None:
-        _tables[attach.plan] = attach.tables
-        while len(_tables) > KEPT_TABLES:
-            _tables.popitem(last=False)
-    elif attach.plan not in _tables:
+        return _tables.put(attach.plan, attach.tables)
+    if attach.plan not in _tables:
         raise ProtocolError("the server did not send the plan's tables, which this worker does not have")
     return _tables[attach.plan]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import time
 from collections.abc import Sequence
 
@@ -12,13 +11,14 @@ from checkpoint_engine.devices.base import Closing, Device
 from checkpoint_engine.devices.digests import Layout, Run, Verifier
 from checkpoint_engine.devices.host_digests import AtWork, HostVerifier
 from checkpoint_engine.errors import IntegrityError, ProtocolError
+from checkpoint_engine.recent import Recent
 from checkpoint_engine.transport.messages import Attach, Table
 
 KEPT_LAYOUTS = 4
 AHEAD = 8
 """Buckets that are checked while earlier ones are loaded, where host memory is checked in threads."""
 
-_layouts: collections.OrderedDict[str, Layout] = collections.OrderedDict()  # by the digest of a plan's tables
+_layouts: Recent[str, Layout] = Recent(KEPT_LAYOUTS)  # by the digest of a plan's tables
 
 
 class Check(Closing):
@@ -132,11 +132,7 @@ def make_check(
 
 
 def _layout(plan: str, tables: Sequence[Table]) -> Layout:
-    if plan not in _layouts:
-        _layouts[plan] = Layout([Run(i.memory, t.offset + i.offset, i.nbytes) for i in t.items] for t in tables)
-        while len(_layouts) > KEPT_LAYOUTS:
-            _layouts.popitem(last=False)
-    return _layouts[plan]
+    return _layouts.of(plan, lambda: Layout([Run(i.memory, t.offset + i.offset, i.nbytes) for i in t.items] for t in tables))
 
 
 def _check_places(layout: Layout, memories: Sequence[torch.Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from checkpoint_engine.loads.moves import Source
 from checkpoint_engine.loads.plan import LoadPlan, checkpoint_fingerprint
 from checkpoint_engine.loads.replay import Prepared, Replayer
 from checkpoint_engine.planning.slices import Taken
+from checkpoint_engine.recent import Recent
 from checkpoint_engine.transport.messages import Table
 from checkpoint_engine.worker.slices import taken_of
 
@@ -25,16 +25,14 @@ KEPT_LAYOUTS = 2
 MAX_UNTOLD = 256 << 20
 """Bytes of which it is not told what is taken of them, for a device to pull: the host checks some 5 GB/s a core."""
 KEPT_FINGERPRINTS = 8
-_fingerprints: collections.OrderedDict[str, str] = collections.OrderedDict()  # by the digest of a plan's tables
+_fingerprints: Recent[str, str] = Recent(KEPT_FINGERPRINTS)  # by the digest of a plan's tables
 
 
 def checkpoint_of(layout: str, tables: Sequence[Table]) -> str:
     """The checkpoint's fingerprint. layout: what `tables` are kept under."""
-    if layout not in _fingerprints:
-        _fingerprints[layout] = checkpoint_fingerprint([[(i.name, i.dtype, i.shape) for i in t.items] for t in tables])
-        while len(_fingerprints) > KEPT_FINGERPRINTS:
-            _fingerprints.popitem(last=False)
-    return _fingerprints[layout]
+    return _fingerprints.of(
+        layout, lambda: checkpoint_fingerprint([[(i.name, i.dtype, i.shape) for i in t.items] for t in tables])
+    )
 
 
 class PreparedBucket(NamedTuple):
@@ -61,7 +59,7 @@ class Runnable:
         self.taken, self.taken_name, self._untold, self._reads = Taken(()), "", 0, 0
         into = {copy.storage for tensor in plan.planned for copy in tensor.copies}
         self.written = frozenset(plan.storages[number].names[0] for number in into)
-        self._layouts: collections.OrderedDict[str, tuple[PreparedBucket, ...]] = collections.OrderedDict()
+        self._layouts: Recent[str, tuple[PreparedBucket, ...]] = Recent(KEPT_LAYOUTS)
 
     def buckets(self, layout: str, tables: Sequence[Table]) -> tuple[PreparedBucket, ...]:
         """layout: what `tables` are kept under. Raises LoadPlanError, and ImportError where a device needs Triton."""
@@ -69,11 +67,7 @@ class Runnable:
             self.taken = self._taken(tables)
             self.taken_name = self.taken.name
             self._measure(tables)
-        if layout not in self._layouts:
-            self._layouts[layout] = tuple(self._prepare(table) for table in tables)
-            while len(self._layouts) > KEPT_LAYOUTS:
-                self._layouts.popitem(last=False)
-        return self._layouts[layout]
+        return self._layouts.of(layout, lambda: tuple(self._prepare(table) for table in tables))
 
     def _taken(self, tables: Sequence[Table]) -> Taken:
         """Nothing is told where no sums could be made: by threads of memory on the CPU, by the kernel on this thread's device."""
@@ -117,33 +111,31 @@ class Kept(NamedTuple):
     reason: str = ""
 
 
-_kept: weakref.WeakKeyDictionary[torch.nn.Module, collections.OrderedDict[str, Kept]] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[torch.nn.Module, Recent[str, Kept]] = weakref.WeakKeyDictionary()
 
 
 def lookup(module: torch.nn.Module, model: str, checkpoint: str) -> Kept | None:
     """What is kept for these fingerprints. If the model's is another one now, nothing of `module` is kept any longer."""
     plans = _kept.get(module)
-    if plans is None or (found := plans.get(checkpoint)) is None:
+    if plans is None or checkpoint not in plans:
         return None
-    if found.model != model:
+    if plans[checkpoint].model != model:
         del _kept[module]
         return None
-    plans.move_to_end(checkpoint)
-    return found
+    return plans.put(checkpoint, plans[checkpoint])  # used, so it stays
 
 
 def trusted(module: torch.nn.Module) -> list[Runnable]:
     """All plans that are kept for it, whether or not the model is what it was."""
-    return [kept.plan for kept in _kept.get(module, {}).values() if kept.plan is not None]
+    plans = _kept.get(module)
+    return [kept.plan for kept in plans.values() if kept.plan is not None] if plans is not None else []
 
 
 def keep(module: torch.nn.Module, checkpoint: str, kept: Kept) -> None:
-    plans = _kept.setdefault(module, collections.OrderedDict())
-    plans[checkpoint] = kept
-    while len(plans) > KEPT_PLANS:
-        plans.popitem(last=False)
+    _kept.setdefault(module, Recent(KEPT_PLANS)).put(checkpoint, kept)
 
 
 def drop(module: torch.nn.Module, checkpoint: str) -> None:
     """Forget it, if it is there: the next update records anew."""
-    _kept.get(module, collections.OrderedDict()).pop(checkpoint, None)
+    if (plans := _kept.get(module)) is not None:
+        plans.drop(checkpoint)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import time
 import weakref
@@ -17,6 +16,7 @@ from checkpoint_engine.errors import DeadlineError, ProtocolError
 from checkpoint_engine.loads.moves import Move
 from checkpoint_engine.planning.digests import pack
 from checkpoint_engine.planning.slices import Taken
+from checkpoint_engine.recent import Recent
 from checkpoint_engine.transport.messages import Attach, Table
 from checkpoint_engine.worker.check import Check
 from checkpoint_engine.worker.slices import Asked, Piece, Replaying, SliceSums, Sums
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 KEPT = 4
 """Of what was asked for with the tensors in the ring's buckets, and in the regions'; and of the descriptors for one load plan."""
 
-_asked: collections.OrderedDict[tuple[str, str, bytes], Asked] = collections.OrderedDict()  # by plan, name, items
+_asked: Recent[tuple[str, str, bytes], Asked] = Recent(KEPT)  # by plan, name, items
 _tables: weakref.WeakKeyDictionary[Replaying, dict[Asked, SliceTable]] = weakref.WeakKeyDictionary()
 
 
@@ -164,9 +164,4 @@ def _sums(
 
 
 def _asked_for(attach: Attach, name: str, taken: Taken, tables: Sequence[Table]) -> Asked:
-    key = attach.plan, name, attach.slicing.items
-    if key not in _asked:
-        _asked[key] = Asked(attach.slicing, taken, tables)
-        while len(_asked) > KEPT:
-            _asked.popitem(last=False)
-    return _asked[key]
+    return _asked.of((attach.plan, name, attach.slicing.items), lambda: Asked(attach.slicing, taken, tables))
