@@ -146,6 +146,22 @@ def descriptors(move: Move, target: int, unit: int) -> list[list[int]]:
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def unit_places(row, lane):  # type: ignore[no-untyped-def]
+    # Of the units of these numbers, as a descriptor has it: bytes from the source's memory's start, and the target's address.
+    unit, run = tl.load(row + 3), tl.load(row + 4).to(tl.int32)
+    n1, n2 = tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32)
+    outer = lane // run
+    within = (lane % run).to(tl.int64) * unit
+    i2, outer = (outer % n2).to(tl.int64), outer // n2
+    i1, i0 = (outer % n1).to(tl.int64), (outer // n1).to(tl.int64)
+    source = tl.load(row + 1) + within
+    source += i0 * tl.load(row + 9) + i1 * tl.load(row + 10) + i2 * tl.load(row + 11)
+    target = tl.load(row + 2) + within
+    target += i0 * tl.load(row + 12) + i1 * tl.load(row + 13) + i2 * tl.load(row + 14)
+    return source, target
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _move(source, target, mask, kind: tl.constexpr, words: tl.constexpr, bytes_: tl.constexpr):  # type: ignore[no-untyped-def]
     # The hint is what makes one 16-byte access of two words.
     source = tl.multiple_of(source.to(tl.pointer_type(kind)), bytes_)
@@ -159,18 +175,11 @@ def _move(source, target, mask, kind: tl.constexpr, words: tl.constexpr, bytes_:
 def _gather(table, tiles, bases, count, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     for tile in range(tl.program_id(0), count, tl.num_programs(0)):
         row = table + tl.load(tiles + 2 * tile) * COLUMNS
-        unit, run = tl.load(row + 3), tl.load(row + 4).to(tl.int32)
         lane = tl.load(tiles + 2 * tile + 1) * BLOCK + tl.arange(0, BLOCK)
         mask = lane < tl.load(row + 5).to(tl.int32)
-        n1, n2 = tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32)
-        outer = lane // run
-        within = (lane % run).to(tl.int64) * unit
-        i2, outer = (outer % n2).to(tl.int64), outer // n2
-        i1, i0 = (outer % n1).to(tl.int64), (outer // n1).to(tl.int64)
-        source = tl.load(bases + tl.load(row)) + tl.load(row + 1) + within
-        source += i0 * tl.load(row + 9) + i1 * tl.load(row + 10) + i2 * tl.load(row + 11)
-        target = tl.load(row + 2) + within
-        target += i0 * tl.load(row + 12) + i1 * tl.load(row + 13) + i2 * tl.load(row + 14)
+        source, target = unit_places(row, lane)
+        source += tl.load(bases + tl.load(row))
+        unit = tl.load(row + 3)
         if unit == 16:
             _move(source, target, mask, tl.int64, 2, 16)
         elif unit == 8:

@@ -12,7 +12,7 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
 from checkpoint_engine.loads.geometry import extent
-from checkpoint_engine.loads.kernel import COLUMNS, descriptors, tiled
+from checkpoint_engine.loads.kernel import COLUMNS, descriptors, tiled, unit_places
 from checkpoint_engine.loads.moves import MAX_DIMS, Move, split
 from checkpoint_engine.memory.checksum import CHUNK_BYTES, place_weights, word_weights
 
@@ -88,21 +88,12 @@ def _sum(  # type: ignore[no-untyped-def]
 ):
     for tile in range(first + tl.program_id(0), end, tl.num_programs(0)):
         row = table + tl.load(tiles + 2 * tile) * COLUMNS
-        unit, run = tl.load(row + 3), tl.load(row + 4).to(tl.int32)
-        count = tl.load(row + 5).to(tl.int32)
-        n1, n2 = tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32)
+        unit, count = tl.load(row + 3), tl.load(row + 5).to(tl.int32)
         total = tl.zeros((BLOCK,), dtype=tl.int64)
         for step in range(0, TILE, BLOCK):
             lane = tl.load(tiles + 2 * tile + 1) * TILE + step + tl.arange(0, BLOCK)
             mask = lane < count
-            outer = lane // run
-            within = (lane % run).to(tl.int64) * unit
-            i2, outer = (outer % n2).to(tl.int64), outer // n2
-            i1, i0 = (outer % n1).to(tl.int64), (outer // n1).to(tl.int64)
-            place = tl.load(row + 1) + within
-            place += i0 * tl.load(row + 9) + i1 * tl.load(row + 10) + i2 * tl.load(row + 11)
-            address = tl.load(row + 2) + within
-            address += i0 * tl.load(row + 12) + i1 * tl.load(row + 13) + i2 * tl.load(row + 14)
+            place, address = unit_places(row, lane)
             word = (place % CHUNK) // 8
             even, odd = tl.load(low + word, mask=mask, other=0), tl.load(high + word, mask=mask, other=0)
             if unit == 8:
