@@ -145,6 +145,6 @@ def test_simplified_copies_move_the_same_bytes(a: list[int], sizes: tuple[int, .
             for k in range(run)
         }
 
-    shape = simplify(sizes, strides(a), strides(b), 2)
+    shape = simplify(tuple(sizes), tuple(strides(a)), tuple(strides(b)), 2)
     assert pairs(shape.sizes, list(shape.a), list(shape.b), shape.run) == pairs(sizes, strides(a), strides(b), 2)
     assert list(shape.b) == sorted(shape.b, reverse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,8 @@ class Shape(NamedTuple):
     b: tuple[int, ...]
 
 
-def simplify(sizes: Sequence[int], a: Sequence[int], b: Sequence[int], itemsize: int) -> Shape:
+@functools.lru_cache(maxsize=1024)  # a model of experts has thousands of tensors, and three or four shapes
+def simplify(sizes: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], itemsize: int) -> Shape:
     """The same pairs of bytes in as few dimensions as possible. `sizes` in elements of `itemsize` bytes, none of them 0; strides
     `a` and `b` in bytes. The order of elements is lost: for copies it has no meaning."""
     dims = [(t, s, n) for n, s, t in zip(sizes, a, b, strict=True) if n != 1]

@@ -150,7 +150,7 @@ class Operations:
     def _write(self, into: Spot, target: torch.Tensor, op: str, taint: set[int], *, renewed: bool) -> None:
         """Something that is no copy was written to `target`."""
         self._business(taint, f"its loader does more than copy it ({op})")
-        strides = [s * target.itemsize for s in target.stride()]
+        strides = tuple(s * target.itemsize for s in target.stride())
         run, sizes, _, b = simplify(target.shape, strides, strides, target.itemsize)
         if into.kind == MODEL:
             place = Place(into.number, into.offset, run, sizes, b)
@@ -225,7 +225,7 @@ class Operations:
 def _segments(origin: Spot, source: torch.Tensor, target: torch.Tensor) -> list[Segment] | None:
     """Where the bytes of `source`, which go to `target`, came from; None when that is not known of all of them."""
     size = target.itemsize
-    a, b = [s * size for s in source.stride()], [s * size for s in target.stride()]
+    a, b = tuple(s * size for s in source.stride()), tuple(s * size for s in target.stride())
     run, sizes, a_, b_ = simplify(target.shape, a, b, size)
     if origin.kind == SOURCE:
         return [Segment(origin.number, origin.offset, 0, run, sizes, a_, b_)]

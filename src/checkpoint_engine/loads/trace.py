@@ -91,7 +91,7 @@ class Traced:
             if len(segments) == MAX_SEGMENTS:
                 raise _TooMany
             source, granule = divmod(first, _SOURCE)
-            run, sizes, a, b = simplify(part.shape, [s * grain for s in steps], targets, grain)
+            run, sizes, a, b = simplify(part.shape, tuple(s * grain for s in steps), tuple(targets), grain)
             offset = sum(i * t for i, t in zip(start, targets, strict=True))
             segments.append(Segment(source, granule * grain, offset, run, sizes, a, b))
         return segments
