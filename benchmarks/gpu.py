@@ -68,7 +68,7 @@ def stages(gpus: int, upstream: Path | None, out: Path, descriptions: Path | Non
             needs = "upstream" if label.startswith("upstream") else ""
             return Stage(f"{model}:{label}", [python, *run, *rest], 1.3 * seconds, {"PYTHONPATH": path}, needs)
 
-        yield side("ours", "--recorded", "--then", "ours-loader:CHECKPOINT_ENGINE_RECORDED_LOADS=off")
+        yield side("ours-recorded", "--recorded", "--then", "ours-loader:CHECKPOINT_ENGINE_RECORDED_LOADS=off")
         yield side("upstream", "--then", "upstream-2GB:PS_MAX_BUCKET_SIZE_GB=2")
         launch = [python, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus), "--master-port", "25500"]
         records = ["--out", str(out / "side.jsonl"), "--traces", str(out / "traces")]

@@ -8,13 +8,14 @@ import time
 import pytest
 import torch
 
+from checkpoint_engine.devices.base import Closing
 from checkpoint_engine.devices.cpu import CpuDevice
-from checkpoint_engine.errors import ManifestError, TransferError
+from checkpoint_engine.errors import DeviceError, ManifestError, TransferError
 from checkpoint_engine.manifest import Manifest, RankManifest, RegionMeta, TensorMeta
 from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.planning.peers import Receiver, plan_fetch
 from checkpoint_engine.server.holders import without
-from checkpoint_engine.server.slots import RingSlot, Slot
+from checkpoint_engine.server.slots import RingSlot, Slot, Slots
 from checkpoint_engine.server.sources import Metas
 from checkpoint_engine.server.supply import Supply, Transports, Want, nics_of, unreadable
 from checkpoint_engine.transport.peer.base import PeerOffer, PeerOptions
@@ -136,3 +137,23 @@ def test_damaged_metas_are_refused(damage: str) -> None:
     bad = Metas("c", good.ranks[::-1], good.offers) if damage == "ranks" else Metas("c", good.ranks, good.offers[:1])
     with pytest.raises(ManifestError, match="damaged"):
         bad.check()
+
+
+def test_slots_are_all_closed_whichever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Registration(Closing):
+        closed = 0
+
+        def close(self) -> None:
+            Registration.closed += 1
+            if Registration.closed == 2:
+                raise DeviceError("cudaHostUnregister", 700, "an illegal memory access was encountered")
+
+    device = CpuDevice()
+    monkeypatch.setattr(device, "register_host", lambda _: Registration())
+    slots = Slots(device)
+    before = slots.take(4, KIB)
+    assert slots.take(3, KIB) == before[:3]
+    slots.close()
+    assert Registration.closed == 4
+    assert not set(slots.take(4, KIB)) & set(before)
+    slots.close()

@@ -8,8 +8,8 @@ loaders do. Uses only the names of the drop-in contract, so that two implementat
 `--verify` proves the last of them. Memory is compared with the moment before the server was made. Prints a line per
 round and appends a JSON record to FILE. --recorded names the model to the session, which only ours takes: its loads are
 recorded and proved in the first round and replayed from then on, so the median leaves out the first two rounds.
---then LABEL:NAME=VALUE: afterwards as many rounds again with that variable in the environment of servers and workers, in a
-record of their own.
+--then LABEL:NAME=VALUE: afterwards as many rounds again, in a record of their own, with that variable, besides those before it,
+for what reads it in each update: our workers, upstream's servers. (Our servers read theirs once.)
 Without a GPU ours runs on the CPU, to rehearse; memory is then not measured.
 """
 import argparse, json, os, random, statistics, sys, threading, time
@@ -166,7 +166,7 @@ def main():
     t0 = time.perf_counter()
     ps.register_checkpoint("c", named_tensors=mine)
     registered = time.perf_counter() - t0
-    gb, meet, found = sum(load) / 1e9, Meeting(rank, world), []
+    gb, meet, failed = sum(load) / 1e9, Meeting(rank, world), False
     for label, environment in [(a.label, {})] + [series(text) for text in a.then]:
         os.environ.update(environment)
         requests.put(environment)
@@ -203,19 +203,20 @@ def main():
         if a.verify:
             requests.put("verify")
             wrong = replies.get()
-        med = statistics.median(s[1] for s in seconds[2 if a.recorded else 1:] or seconds)
-        found.append(dict(label=label, model=a.model, gpus=world, gb=round(gb, 2), tensors=len(spec), register_s=round(registered, 2),
-                          median_s=round(med, 4), gather_s=round(seconds[-1][0], 4), gb_per_s=round(gb / med, 1), first_s=round(seconds[0][1], 3),
-                          inside_load_s=round(inside[0], 3), extra_gpu_gib=round(extra / GIB, 2), held_gpu_gib=round(held / GIB, 2),
-                          verified=(a.verify and not wrong), wrong=wrong[:5]))
+            failed = failed or bool(wrong)
+        if rank == 0:
+            med = statistics.median(s[1] for s in seconds[2 if a.recorded else 1:] or seconds)
+            rec = dict(label=label, model=a.model, gpus=world, gb=round(gb, 2), tensors=len(spec), register_s=round(registered, 2),
+                       median_s=round(med, 4), gather_s=round(seconds[-1][0], 4), gb_per_s=round(gb / med, 1), first_s=round(seconds[0][1], 3),
+                       inside_load_s=round(inside[0], 3), extra_gpu_gib=round(extra / GIB, 2), held_gpu_gib=round(held / GIB, 2),
+                       verified=(a.verify and not wrong), wrong=wrong[:5])
+            print(json.dumps(rec), flush=True)
+            if a.out:
+                with open(a.out, "a") as f:
+                    f.write(json.dumps(rec) + "\n")
     requests.put(None)
     proc.join()
-    for rec in found if rank == 0 else []:
-        print(json.dumps(rec), flush=True)
-        if a.out:
-            with open(a.out, "a") as f:
-                f.write(json.dumps(rec) + "\n")
-    sys.exit(1 if any(rec["wrong"] for rec in found) else 0)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

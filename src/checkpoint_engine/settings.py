@@ -49,7 +49,7 @@ class Settings:
     peer_wait        for peers to end their reads when their checkpoint is unregistered
     holder_lease     REST: for another world that holds a checkpoint of this one to say again that it is there
     timelines        note when each stage was at work on which bucket; rank 0's report has it
-    free_after_update  give ring, staging and communicator back after each update
+    free_after_update  give ring, staging, communicator and memory to read into back after each update
     socket_dir       directory of the sockets a worker connects to; workers must see the same path
     socket_dir_mode  its mode; loosen it only where engines run as other users
     allowed_uids     users whose workers may connect, besides the server's own

@@ -58,7 +58,7 @@ class BulkCopies:
 
     def __init__(self, rows: Sequence[Rows], device: torch.device) -> None:
         self._rows, self._device = tuple(rows), device
-        self._side = side_stream(device)
+        self._side = _side(device)
 
     @contextlib.contextmanager
     def beside(self, bases: Sequence[int]) -> Iterator[None]:
@@ -79,8 +79,7 @@ class BulkCopies:
 _sides: dict[torch.device, torch.cuda.Stream] = {}
 
 
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one of this process that copies run on."""
+def _side(device: torch.device) -> torch.cuda.Stream:
     if device not in _sides:
         _sides[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return _sides[device]

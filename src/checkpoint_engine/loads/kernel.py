@@ -14,7 +14,7 @@ import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-from checkpoint_engine.loads.bulk import BulkCopies, Rows, in_bulk, side_stream
+from checkpoint_engine.loads.bulk import BulkCopies, Rows, in_bulk
 from checkpoint_engine.loads.moves import MAX_DIMS, Move, Storages
 
 BLOCK = 1024
@@ -24,6 +24,8 @@ HOST_PROGRAMS = 32
 device alone."""
 COLUMNS = 16
 """Of a descriptor."""
+WARPS = 8
+"""Of a program."""
 COMPILE_SECONDS = 20.0
 """Longest wait for a thread that compiles the kernel."""
 _MAX_UNITS = (1 << 31) - BLOCK
@@ -33,18 +35,17 @@ _compiling: dict[torch.device, threading.Thread] = {}
 
 
 def compile_ahead(device: torch.device) -> None:
-    """Have the kernel compiled for a CUDA device, in a thread, while something else goes on. Once a process; it takes a second or
-    two where Triton has it in no cache."""
+    """Have the kernel compiled for a CUDA device, in a thread, while something else goes on. It takes a second or two where
+    Triton has it in no cache."""
     if device not in _compiling:
         _compiling[device] = threading.Thread(target=_compile, args=(device,), name="compile-kernel", daemon=True)
         _compiling[device].start()
 
 
 def _compile(device: torch.device) -> None:
-    # What fails here fails again where it is needed.
-    with contextlib.suppress(Exception), torch.cuda.device(device), torch.cuda.stream(side_stream(device)):
-        nothing = torch.zeros(COLUMNS, dtype=torch.int64, device=device)
-        _launch(1, nothing, nothing.to(torch.int32), nothing, 0)
+    """For arguments as `_launch` has them; nothing is launched, for the engine may be capturing a graph by then."""
+    with contextlib.suppress(Exception), torch.cuda.device(device):  # what fails here fails again where it is needed
+        _gather.warmup(torch.int64, torch.int32, torch.int64, 0, BLOCK=BLOCK, COLUMNS=COLUMNS, num_warps=WARPS, grid=(1,))
 
 
 def _launch(programs: int, table: torch.Tensor, tiles: torch.Tensor, bases: torch.Tensor, count: int) -> None:
@@ -53,7 +54,7 @@ def _launch(programs: int, table: torch.Tensor, tiles: torch.Tensor, bases: torc
         _gather[(programs,)](table, tiles, bases, count, BLOCK=BLOCK, COLUMNS=COLUMNS)
         return
     with torch.cuda.device(table.device):
-        _gather[(programs,)](table, tiles, bases, count, BLOCK=BLOCK, COLUMNS=COLUMNS, num_warps=8)
+        _gather[(programs,)](table, tiles, bases, count, BLOCK=BLOCK, COLUMNS=COLUMNS, num_warps=WARPS)
 
 
 class Gather:
@@ -72,7 +73,7 @@ class Gather:
         bases = tuple(memory.data_ptr() for memory in memories)
         kinds = tuple((base % 16, memory.device.type == "cpu") for base, memory in zip(bases, memories, strict=True))
         if self._made_for != kinds:
-            if (thread := _compiling.get(self._device)) is not None:
+            if (thread := _compiling.pop(self._device, None)) is not None:
                 thread.join(COMPILE_SECONDS)  # then it is not compiled twice at a time
             self._make(kinds)
         if self._bases != bases:

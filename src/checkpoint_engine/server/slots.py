@@ -8,7 +8,7 @@ import logging
 import torch
 
 from checkpoint_engine.devices.base import Closing, Device
-from checkpoint_engine.errors import QuarantineError, TransferError
+from checkpoint_engine.errors import DeviceError, QuarantineError, TransferError
 from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.transport.peer.base import Destination, PeerTransport
 
@@ -83,7 +83,11 @@ class Slots(Closing):
     def close(self) -> None:
         """Until `take` makes new ones."""
         while self._slots:
-            self._slots.pop().close()
+            slot = self._slots.pop()
+            try:
+                slot.close()
+            except DeviceError as e:  # of a device that fails anyway; the others are closed all the same
+                log.warning("%d bytes of host memory were not given back in order: %s", self._slot_bytes, e)
 
 
 class RingSlot(Slot):

@@ -246,7 +246,7 @@ class PushCollective(Collective):
             self.error = self.error or bare(error)
 
     def rest(self) -> None:
-        # In the thread that maps them.
+        # In the thread that copies, behind whatever it still does with them.
         self._pushing.call(partial(self._guard, self._unmap))
         if not self._pushing.record().wait(self.seconds):
             raise DeadlineError("the other ranks' rings to be unmapped", self.seconds)
