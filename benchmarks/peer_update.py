@@ -11,7 +11,8 @@ update, loaded   the same into a worker that copies every tensor into parameters
 broadcast        update of both ranks, each with such a worker, by the method that is named (on a CPU: mapping is switched off)
 
 --netns: the ranks are in two network namespaces, joined by a veth pair, as on two hosts (needs root and `ip`). --device cuda:
-each rank beside a GPU of its own; what is read goes through host slots into the GPU's. CPU is the source's process, s/GB.
+each rank beside a GPU of its own, or both beside one; what is read goes through host slots into the GPU's. CPU is the source's
+process, s/GB.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ GPU_GOALS = {"update": ("transport", 0.8)}
 def worker(pipe: Connection, environment: dict[str, str], device: int, nbytes: int) -> None:
     os.environ.update(environment)
     cuda = environment.get("CHECKPOINT_ENGINE_DEVICE") == "cuda"
+    device = device % torch.cuda.device_count() if cuda else 0
     place = torch.device("cuda", device) if cuda else torch.device("cpu")
     parameters = {n: torch.zeros(shape, dtype=dtype, device=place) for n, (shape, dtype) in shapes(LAYERS, nbytes).items()}
     state = WeightsState()
@@ -68,7 +70,7 @@ def worker(pipe: Connection, environment: dict[str, str], device: int, nbytes: i
         match pipe.recv():
             case ("update", handle, keep):
                 run = load if keep else (lambda weights: None)
-                update_weights_from_ipc(None, handle, device if cuda else 0, run=run, state=state)
+                update_weights_from_ipc(None, handle, device, run=run, state=state)
                 pipe.send((True, None))
             case ("check",):
                 wrong = [name for name, tensor in parameters.items() if not bool((tensor == value(name)).all())]
@@ -171,7 +173,7 @@ def measure(rank: int, world_size: int, crew: list[Worker], kind: str, nbytes: i
         if raw:
             raw.door.close()
         ps.store_based_barrier()
-        device = torch.cuda.get_device_name(rank) if cuda else "cpu"
+        device = torch.cuda.get_device_name(0) if cuda else "cpu"
         return {"found": found, "methods": sorted(methods - {"none"}), "device": device}
 
 
