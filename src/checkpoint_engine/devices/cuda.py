@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -81,13 +81,18 @@ class CudaMapping(Mapping):
         self.tensor = torch.empty(0, dtype=torch.uint8)
 
 
-@contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    """torch's own errors as DeviceError of work on `what`."""
-    try:
-        yield
-    except RuntimeError as e:
-        raise DeviceError(f"work on {what}", 0, str(e).splitlines()[0]) from e
+class _named:
+    """A context manager: torch's own errors as DeviceError of work on `what`. (No generator: see worker.failing.)"""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            raise DeviceError(f"work on {self._what}", 0, str(error).splitlines()[0]) from error
 
 
 class CudaEvent(Event):

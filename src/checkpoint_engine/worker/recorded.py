@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from checkpoint_engine.devices.base import Device
-from checkpoint_engine.errors import said
+from checkpoint_engine.errors import bare, said
 from checkpoint_engine.loads.plan import LoadPlan
 from checkpoint_engine.loads.proof import Proof
 from checkpoint_engine.loads.recordable import Recordable
@@ -294,6 +294,7 @@ class Loads:
                 self._broken = f"{what}: {said(e)}"
             else:
                 self._refuse(f"{what}: {said(e)}")
+            bare(e)  # else it would keep what its frames hold, rings that are mapped, until a cycle is collected
 
     def _spend(self, stage: str, start: float) -> None:
         self.spent[stage] = self.spent.get(stage, 0.0) + time.perf_counter() - start
