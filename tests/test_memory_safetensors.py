@@ -34,7 +34,7 @@ def fails(path: Path, reason: str, tensor: str | None = None) -> None:
 
 def test_every_code_has_a_size() -> None:
     assert set(DTYPES.values()) <= set(ITEMSIZE)
-    for name in DTYPES.values():
+    for name in (name for name in DTYPES.values() if hasattr(torch, name)):
         assert getattr(torch, name).itemsize == ITEMSIZE[name]
 
 
