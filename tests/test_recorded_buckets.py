@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multiprocessing.synchronize import Barrier
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from checkpoint_engine.planning.mapped import grouped
 from checkpoint_engine.server import mapped
 from helpers.fleet import Handles, Worker, server, share_of
-from helpers.ranks import run_ranks
+from helpers.ranks import _context, run_ranks
 from helpers.recorded import Deed, checkpoint, engines, fresh
 
 KIB = 1 << 10
@@ -34,7 +35,7 @@ STEPS = (
 )
 
 
-def _course(rank: int, world_size: int, crew: list[Worker], steps: tuple[Step, ...]) -> list[Any]:
+def _course(rank: int, world_size: int, crew: list[Worker], steps: tuple[Step, ...], ended: Barrier) -> list[Any]:
     seen = []
     for number, (method, bucket_bytes, together) in enumerate(steps):
         mapped.Grouping.of = lambda _, plan, n=together: grouped(plan, n * plan.bucket_bytes)  # type: ignore[method-assign]
@@ -50,13 +51,14 @@ def _course(rank: int, world_size: int, crew: list[Worker], steps: tuple[Step, .
             version, dirty, digests, _, _ = crew[rank].ask("state")
             right = digests == fresh(weights, rank, world_size)
             seen.append((report.method == "pull", report.ways, (version, dirty, right)))
+        ended.wait(20)  # the next world's store has the same port: nobody may find this one's
     return seen
 
 
 @pytest.mark.parametrize("steps", [STEPS, STEPS[::-1]], ids=["broadcast first", "pulled first"])
 def test_one_plan_for_all_buckets(steps: tuple[Step, ...]) -> None:
     with engines(["", ""]) as crew:
-        for seen in run_ranks(_course, 2, crew, steps):
+        for seen in run_ranks(_course, 2, crew, steps, _context.Barrier(2)):
             sizes = [step.bucket_bytes for step in steps]
             for number, (_, ways, _) in enumerate(seen):  # other sizes may bring the tensors in another order
                 known = ways == ("replayed",) if sizes[number] in sizes[:number] else ways in (("proved",), ("replayed",))
