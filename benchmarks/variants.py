@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from benchmarks.side.side import CUDA, GIB, TPModel, base_bytes, free_bytes, named, nbytes, source, use, wait
+from benchmarks.side.side import CUDA, GIB, TPModel, base_bytes, differing, free_bytes, named, nbytes, source, use, wait
 from benchmarks.side.zoo import ZOO
 
 RECORDED = {"CHECKPOINT_ENGINE_RECORDED_LOADS": "on"}
@@ -59,14 +59,6 @@ VARIANTS = {
 }
 
 
-def compare(shard: TPModel, expected: TPModel, spec: Sequence[Any]) -> list[str]:
-    """Names of the shard's parameters that are not what the model's own loader makes of the same weights."""
-    base = base_bytes().to("cuda" if CUDA else "cpu")
-    expected.load_weights((t[0], source(base, i, t)) for i, t in enumerate(spec))
-    pairs = ((name, p.view(torch.uint8), expected.p[name].view(torch.uint8)) for name, p in shard.p.items())
-    return [name for name, mine, right in pairs if not torch.equal(mine, right)]
-
-
 def worker(rank: int, world: int, model: str, requests: Any, replies: Any) -> None:
     from checkpoint_engine.worker import update_weights_from_ipc
 
@@ -90,10 +82,7 @@ def worker(rank: int, world: int, model: str, requests: Any, replies: Any) -> No
             more = {"model": module} if os.environ.get("CHECKPOINT_ENGINE_RECORDED_LOADS") == "on" else {}
             update_weights_from_ipc(None, handle, device_id=rank, run=shard.load_weights, post_hook=None, **more)
         else:
-            wrong = compare(shard, TPModel(spec, world, rank, device), spec)
-            if CUDA:  # the memory of what was compared is not the update's
-                torch.cuda.empty_cache()
-            replies.put(wrong)
+            replies.put(differing(shard, spec, world, rank, device))
             continue
         wait()
         replies.put(None)
@@ -214,8 +203,8 @@ def main() -> int:
             for name in arguments.names or VARIANTS:
                 variant = VARIANTS[name]
                 seconds, taken, report = bench.measure(variant, arguments.rounds)
-                differing: Sequence[str] = bench.ask("compare")
-                failed = bench.slowest(float(len(differing)))
+                names: Sequence[str] = bench.ask("compare")
+                failed = bench.slowest(float(len(names)))
                 median = statistics.median(seconds[variant.warm_up :])
                 first, wrong = first or median, wrong + int(failed)
                 record = {
@@ -224,7 +213,7 @@ def main() -> int:
                     "gb_per_s": round(bench.nbytes / 1e9 / median, 1), "method": report.method, "ways": list(report.ways),
                     "extra_gpu_gib": round(taken / GIB, 2), "held_gpu_gib": round((bench.free - free_bytes()) / GIB, 2),
                     "stages": {k: round(s.seconds, 4) for k, s in report.stages.items()},
-                    "verified": not failed, "wrong": list(differing)[:5], "wrong_on_any_rank": int(failed),
+                    "verified": not failed, "wrong": list(names)[:5], "wrong_on_any_rank": int(failed),
                 }  # fmt: skip
                 if bench.rank == 0:
                     tell(name, record, first, report.trace, arguments.traces)

@@ -110,7 +110,8 @@ def make_ready(model: Model) -> None:
 def _device_with_kernel(model: Model) -> torch.device | None:
     """The CUDA device that all of the model is on."""
     devices = {raw.device for raw in model.bytes}
-    return next(iter(devices)) if len(devices) == 1 and {device.type for device in devices} == {"cuda"} else None
+    device = next(iter(devices)) if len(devices) == 1 else None
+    return device if device is not None and device.type == "cuda" else None
 
 
 def _way(found: list[Move], storages: Storages, *, kernel: bool) -> Way:

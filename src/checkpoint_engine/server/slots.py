@@ -63,8 +63,8 @@ class Slot(Closing):
 
 
 class Slots(Closing):
-    """Slots of host memory that one update after the other reads into: to take the memory and make it known costs as much as to
-    read 0.5 GB into it."""
+    """Slots of host memory that one update after the other reads into. To take them and make them known to a GPU in every update
+    left 0.78 of a transport's rate (4.26 GB by shm, H200), where keeping them left 0.92 (benchmarks/RESULTS.md)."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
