@@ -101,7 +101,7 @@ def test_parts_add_up_in_any_order(nbytes: int, cuts: list[int], seed: int) -> N
 
 
 def test_a_long_run_in_pieces_of_each_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = torch.randint(0, 256, (2 * checksum.HOST_ROWS * CHUNK_BYTES + 12345,), dtype=torch.uint8)
+    data = torch.randint(0, 256, (2 * BLOCK_BYTES + 12345,), dtype=torch.uint8)
     monkeypatch.setattr(checksum, "DEVICE_PIECE", 5 * CHUNK_BYTES)
     assert digest(data) == device_digest(data)
     with HostRegion(len(data)) as region:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from typing import Any
 
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 from checkpoint_engine.devices import host_digests
 from checkpoint_engine.devices.base import SharedHandle, get_device
 from checkpoint_engine.devices.digests import Layout, Run, Verifier
-from checkpoint_engine.devices.host_digests import BLOCK_BYTES, SMALL_BYTES, HostVerifier
+from checkpoint_engine.devices.host_digests import BLOCK_BYTES, HostVerifier
 from checkpoint_engine.errors import DeadlineError, IntegrityError, ProtocolError
-from checkpoint_engine.memory.checksum import CHUNK_BYTES, digest, finish, partial_sum, small_sums
+from checkpoint_engine.memory.checksum import CHUNK_BYTES, SMALL_BYTES, digest, finish, partial_sum, run_sums
 from checkpoint_engine.planning.digests import pack
 from checkpoint_engine.planning.plan import Item
 from checkpoint_engine.transport.messages import Attach, Table
@@ -25,12 +26,21 @@ SECONDS = 20.0
 SIZES = [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1, SMALL_BYTES - 1, SMALL_BYTES, BLOCK_BYTES - 1, BLOCK_BYTES, 2 * BLOCK_BYTES + 3]
 
 
-@given(st.lists(st.tuples(st.integers(0, 3 * CHUNK_BYTES), st.integers(0, 9)), max_size=12), st.integers(0, 1 << 30))
-def test_small_sums_are_partial_sums(runs: list[tuple[int, int]], seed: int) -> None:
-    raw = torch.randint(0, 256, (4 * CHUNK_BYTES,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    raws = [raw[offset : offset + nbytes] for nbytes, offset in runs]
-    mask = (1 << 64) - 1
-    assert [total & mask for total in small_sums(raws)] == [int(partial_sum(each)) & mask for each in raws]
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(SIZES), st.integers(0, 9), st.booleans()), max_size=12), st.integers(0, 1 << 30))
+def test_sums_of_many_runs_are_those_of_each(runs: list[tuple[int, int, bool]], seed: int) -> None:
+    """Of any size, at any address, one right behind the other or not, beginning with any chunk."""
+    rng = random.Random(seed)
+    raw = torch.frombuffer(bytearray(rng.randbytes(1 << 16)) * 900, dtype=torch.uint8)
+    raws, firsts, end = [], [], 0
+    for nbytes, gap, behind in runs:
+        end += 0 if behind else gap
+        raws.append(raw[end : end + nbytes])
+        firsts.append(rng.choice((0, 1, 300)))
+        end += nbytes
+    assert end < len(raw)
+    totals = [int(partial_sum(each, first)) for each, first in zip(raws, firsts, strict=True)]
+    assert [finish(total, 0) for total in run_sums(raws, firsts)] == [finish(total, 0) for total in totals]
 
 
 @settings(max_examples=30, deadline=None)
@@ -133,11 +143,11 @@ def test_tables_that_do_not_fit_the_memory_are_refused(item: Item) -> None:
 def test_a_digest_that_is_not_made_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
 
-    def late(raws: list[torch.Tensor]) -> list[int]:
+    def late(raws: list[torch.Tensor], firsts: list[int]) -> list[int]:
         go.wait(SECONDS)
         return [0 for _ in raws]
 
-    monkeypatch.setattr(host_digests, "small_sums", late)
+    monkeypatch.setattr(host_digests, "run_sums", late)
     memory = torch.ones(100, dtype=torch.uint8)
     with HostVerifier(Layout([[Run(0, 0, 100)]]), pack([finish(0, 100)]), [memory]) as host:
         host.begin(0)

@@ -17,6 +17,7 @@ import msgspec
 import torch
 
 from checkpoint_engine.errors import SettingsError
+from checkpoint_engine.memory.digest import RegionSums
 
 
 class SharedHandle(msgspec.Struct, frozen=True):
@@ -172,6 +173,10 @@ class Device(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Block until all work that this process queued on the device is done."""
+
+    def region_sums(self) -> RegionSums | None:
+        """What sums up registered memory faster than the CPU does; None: nothing."""
+        return None
 
     @abstractmethod
     def register_host(self, tensor: torch.Tensor) -> Closing:

@@ -15,10 +15,12 @@ import torch
 
 from checkpoint_engine.devices.base import Clock, Closing, Device, Event, Mapping, Ring, SharedHandle, Stream
 from checkpoint_engine.devices.cudart import INVALID_VALUE, OUT_OF_MEMORY, CudaRuntime, runtime
+from checkpoint_engine.devices.digests import has_kernel
 from checkpoint_engine.devices.foreign import tensor_at
 from checkpoint_engine.devices.host_regions import HostRegions
 from checkpoint_engine.devices.numa import bind_to_node, gpu_node, place_on_node
 from checkpoint_engine.devices.polling import poll
+from checkpoint_engine.devices.region_sums import DeviceSums
 from checkpoint_engine.errors import DeadlineError, DeviceError, ManifestError, ProtocolError
 
 GRANULE = 2 << 20
@@ -271,6 +273,9 @@ class CudaDevice(Device):
     def synchronize(self) -> None:
         # An engine may load on any stream, so all of this process's streams count; other processes' work does not.
         torch.cuda.synchronize(self.index)
+
+    def region_sums(self) -> DeviceSums | None:
+        return DeviceSums(self, self.torch_device) if has_kernel() else None
 
     def register_host(self, tensor: torch.Tensor) -> Closing:
         try:

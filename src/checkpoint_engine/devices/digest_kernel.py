@@ -56,18 +56,35 @@ def _table(layout: Layout, device: torch.device) -> _Table:
     return made[device]
 
 
-class KernelSums:
-    """See digests.Sums. Memories must start at multiples of 8 bytes, as all device memory does."""
+def compile_for(device: torch.device) -> None:
+    """For arguments as KernelSums has them, if that was not done yet; nothing is launched. Raises what Triton raises."""
+    pointers = torch.int64, torch.int32, torch.int64, torch.int64, torch.int64, torch.int64, torch.int64
+    with torch.cuda.device(device):
+        _sum.warmup(*pointers, 0, 1, WORDS=WORDS, ROWS=ROWS, TILE=TILE, num_warps=WARPS, grid=(1,))
 
-    def __init__(self, layout: Layout, memories: Sequence[torch.Tensor]) -> None:
+
+class KernelSums:
+    """See digests.Sums. Memories must start at multiples of 8 bytes, as all device memory does, and all mapped memory.
+
+    device    that sums them up; None: the one that they are on. It reads those of the host that are registered with it
+    programs  of a launch; None: one for each multiprocessor
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        memories: Sequence[torch.Tensor],
+        device: torch.device | None = None,
+        programs: int | None = None,
+    ) -> None:
         self._layout, self._memories = layout, memories
-        device = self._device = memories[0].device
+        device = self._device = device or memories[0].device
         self._table = _table(layout, device)
         self._bases = torch.tensor([memory.data_ptr() for memory in memories], dtype=torch.int64).to(device)
         self._weights = (*word_weights(device), place_weights(device, max(1, self._table.chunks)))
         self.totals = torch.zeros(len(layout.runs), dtype=torch.int64, device=device)
-        self._most = 4
-        if device.type == "cuda":
+        self._most = programs or 4
+        if device.type == "cuda" and programs is None:
             self._most = PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
 
     def add(self, bucket: int) -> None:

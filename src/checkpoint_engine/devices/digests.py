@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -17,6 +18,8 @@ import torch
 from checkpoint_engine.devices.base import Device
 from checkpoint_engine.errors import DeadlineError
 from checkpoint_engine.memory.checksum import LENGTH_WEIGHT, digest, partial_sum, signed, unpacked
+
+log = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
@@ -93,7 +96,7 @@ class Verifier:
             raise ValueError(f"{len(expected)} bytes of digests for {count} tensors")
         self._layout, self._queued = layout, [False] * (len(layout.starts) - 1)
         if kernel is None:
-            kernel = bool(memories) and memories[0].is_cuda and has_kernel()
+            kernel = bool(memories) and memories[0].is_cuda and kernel_works(memories[0].device)
         self._sums = _kernel_sums(layout, memories) if kernel else TorchSums(layout, memories)
         self._expected = unpacked(expected)
 
@@ -139,6 +142,22 @@ class Verifier:
 def has_kernel() -> bool:
     """Whether Triton can be imported; nothing is compiled yet."""
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def kernel_works(device: torch.device) -> bool:
+    """Whether there is Triton and it compiles the kernel for a CUDA device, for which it needs a C compiler. That takes seconds
+    where it has it in no cache (2.7 on an H200's host)."""
+    if not has_kernel():
+        return False
+    try:
+        from checkpoint_engine.devices.digest_kernel import compile_for
+
+        compile_for(device)
+    except Exception as e:  # of any kind: torch's operations do as well
+        log.warning("digests are made without a kernel, which Triton cannot compile: %s", e)
+        return False
+    return True
 
 
 def _kernel_sums(layout: Layout, memories: Sequence[torch.Tensor]) -> Sums:

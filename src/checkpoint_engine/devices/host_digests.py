@@ -15,15 +15,13 @@ from checkpoint_engine.devices.base import Closing
 from checkpoint_engine.devices.busy import Busy
 from checkpoint_engine.devices.digests import Layout, Mismatch
 from checkpoint_engine.errors import DeadlineError
-from checkpoint_engine.memory.checksum import CHUNK_BYTES, finish, partial_sum, small_sums
+from checkpoint_engine.memory.checksum import CHUNK_BYTES, finish, run_sums
 from checkpoint_engine.planning.digests import unpack
 
 THREADS = 4
 """At most. Each sums up 5 to 7 GB/s; a loader copies at about the rate of two of them."""
 BLOCK_BYTES = 2 << 20
 """What a thread takes at a time, of one large tensor or of several small ones."""
-SMALL_BYTES = 1 << 18
-"""Tensors below this are summed up together: a call for each would take longer than its bytes."""
 
 
 AtWork = Callable[[int, float, float, int], None]
@@ -98,14 +96,10 @@ class HostVerifier(Closing):
         """(run, sum of the part's chunks) for each."""
         start = time.perf_counter()
         with self._busy:
-            small = [part for part in unit if part.nbytes < SMALL_BYTES and not part.first]
-            sums = small_sums([self._bytes(part) for part in small]) if small else []
-            found = [(part.run, total) for part, total in zip(small, sums, strict=True)]
-            large = (part for part in unit if part.nbytes >= SMALL_BYTES or part.first)
-            found += [(part.run, int(partial_sum(self._bytes(part), part.first // CHUNK_BYTES))) for part in large]
+            sums = run_sums([self._bytes(part) for part in unit], [part.first // CHUNK_BYTES for part in unit])
         if self._at_work is not None:
             self._at_work(bucket, start, time.perf_counter(), sum(part.nbytes for part in unit))
-        return found
+        return [(part.run, total) for part, total in zip(unit, sums, strict=True)]
 
     def _bytes(self, part: _Part) -> torch.Tensor:
         memory, offset, _ = self._layout.runs[part.run]

@@ -15,7 +15,7 @@ import torch
 
 from checkpoint_engine.errors import CheckpointError, DuplicateTensorError
 from checkpoint_engine.manifest import RegionMeta, TensorMeta
-from checkpoint_engine.memory.digest import Block, Digests, Span
+from checkpoint_engine.memory.digest import Block, Digests, RegionSums, Span
 from checkpoint_engine.memory.layout import RegionLayout, lay_out
 from checkpoint_engine.memory.pool import RegionPool
 from checkpoint_engine.memory.reader import ReadPlan
@@ -98,6 +98,7 @@ def build(
     reuse: bool = True,
     delete_inplace_files: bool = False,
     digests: bool = True,
+    sums: RegionSums | None = None,
     progress: Progress | None = None,
 ) -> HostCheckpoint:
     """Bring `files` and `named_tensors` into regions of `pool`.
@@ -108,6 +109,7 @@ def build(
     reuse                 take regions that the pool kept
     delete_inplace_files  remove files that were mapped in place, once all went well
     digests               make a digest of each tensor's bytes
+    sums                  makes them, in large regions
     progress              called in this thread with bytes done and bytes in all
 
     Raises FileFormatError, TensorError, DuplicateTensorError or CheckpointError, which name the file or tensor. Nothing is
@@ -118,7 +120,7 @@ def build(
     _check_names(parsed, named, select)
     if select is not None:
         select = frozenset(select)
-    builder = _Builder(pool, threads, Digests(enabled=digests), progress)
+    builder = _Builder(pool, threads, Digests(enabled=digests, by_device=sums), progress)
     try:
         mapped = builder.map_files([file for file in parsed if inplace and _in_memory(file.path)], select)
         builder.fill(lay_out([file for file in parsed if not (inplace and _in_memory(file.path))], select), named, reuse)
@@ -185,6 +187,7 @@ class _Builder:
             if region.nbytes != file.size:
                 raise CheckpointError(f"{file.path}: its size changed while it was registered")
             self.pool.ready(region)
+            self.digests.begin(region)
             self._shared += self._digest(part.spans)
         return mapped
 
@@ -195,6 +198,8 @@ class _Builder:
         regions = self.pool.acquire_all(sizes, reuse=reuse)
         self.parts += [_Part(region, []) for region in regions]
         parts = self.parts[len(self.parts) - len(regions) :]
+        for region in regions:
+            self.digests.begin(region)
         with ReadPlan(self.digests) as reads:
             for layout, (region, entries) in zip(layouts, parts, strict=False):
                 entries += [
@@ -207,11 +212,12 @@ class _Builder:
             late: list[Span] = []
             if tensors:
                 region, entries = parts[-1]
-                self.pool.ready(region)  # before, not after: a device copies into registered memory several times faster
+                region.touch_all(self.threads)
                 entries += [_Entry(t.name, t.dtype, tuple(t.value.shape), Span(region, t.offset, t.nbytes)) for t in tensors]
                 copies = CopyPlan(region, tensors, parts[-1].spans, self.digests)
                 self._shared += copies.shared
-                own, late = copies.own, copies.late
+                # Registered before, not after, it is copied to from a device: that is several times faster.
+                own, late = [Work(partial(self.pool.ready, region), 0), *copies.own], copies.late
             self._do(own)
         if tensors:
             copies.finish()
@@ -219,6 +225,8 @@ class _Builder:
         for region, _ in parts:
             region.touched = True
             self.pool.ready(region)
+        for part in self.parts:
+            do_all(self._digest(self.digests.end(part.region, part.spans)), (), self.threads, lambda nbytes: None)
 
     def _do(self, own: Sequence[Work]) -> None:
         total, done = sum(work.nbytes for work in (*self._shared, *own)), 0
@@ -226,14 +234,14 @@ class _Builder:
         def report(nbytes: int) -> None:
             nonlocal done
             done += nbytes
-            if self.progress is not None:
+            if nbytes and self.progress is not None:
                 self.progress(done, total)
 
         do_all(self._shared, own, self.threads, report)
 
     def _digest(self, spans: Sequence[Span]) -> list[Work]:
-        """The work of making digests of bytes that are there, all in one region."""
-        if not self.digests.enabled:
+        """The work of making digests of bytes that are there, all in one region, unless a device is going to make them."""
+        if not spans or not self.digests.early(spans[0].region):
             return []
         work: list[Work] = []
         batch: list[Block] = []

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 
-from checkpoint_engine.memory.checksum import CHUNK_BYTES, digest, finish, partial_sum
+from checkpoint_engine.memory.checksum import CHUNK_BYTES, digest, finish, run_sums
 from checkpoint_engine.memory.region import HostRegion
 
 BLOCK_BYTES = 1 << 20
 """A multiple of CHUNK_BYTES, so that a block's chunks are its tensor's."""
+
+DEVICE_BYTES = 256 << 20
+"""Of a region that a device sums up; smaller ones are done by the time that it has begun."""
 
 
 def content_digest(data: memoryview | bytes) -> int:
@@ -53,12 +57,51 @@ class Span:
         return finish(sum(block.sum for block in self.blocks), self.nbytes)
 
 
-class Digests:
-    """Sums up each block in the thread that brings its last bytes."""
+@runtime_checkable
+class RegionSums(Protocol):
+    """Sums up what lies in a region that is registered with a device."""
 
-    def __init__(self, *, enabled: bool) -> None:
+    def prepare(self) -> None:
+        """It will be needed soon. Does not wait."""
+
+    def __call__(self, memory: torch.Tensor, runs: Sequence[tuple[int, int]]) -> list[int] | None:
+        """`checksum.partial_sum` of each of these runs (offset, bytes) of the region's memory. None: it cannot make them."""
+
+
+class Digests:
+    """Sums up each block in the thread that brings its last bytes, those of large regions by a device, if that can, in the end.
+
+    For every region `begin`, `arrived` or `make` as its bytes come, and `end` when all are there.
+    """
+
+    def __init__(self, *, enabled: bool, by_device: RegionSums | None = None) -> None:
         self.enabled = enabled
+        self._by_device = by_device
+        self._later: set[HostRegion] = set()
         self._lock = threading.Lock()
+
+    def begin(self, region: HostRegion) -> None:
+        if self.enabled and self._by_device is not None and region.nbytes >= DEVICE_BYTES:
+            self._later.add(region)
+            self._by_device.prepare()
+
+    def early(self, region: HostRegion) -> bool:
+        """Whether those of its tensors are made as their bytes arrive."""
+        return self.enabled and region not in self._later
+
+    def end(self, region: HostRegion, spans: Sequence[Span]) -> list[Span]:
+        """All bytes of these, all that are in the region, are there, and it is registered with the device. Returns those that are
+        still to be made."""
+        if region not in self._later:
+            return []
+        self._later.discard(region)
+        held = [span for span in spans if span.blocks]
+        sums = self._by_device(region.tensor, [(span.offset, span.nbytes) for span in held]) if self._by_device else None
+        if sums is None:
+            return held
+        for span, total in zip(held, sums, strict=True):
+            span.blocks[0].sum = total  # of all of them
+        return []
 
     def of(self, span: Span) -> int:
         """0 when they are switched off."""
@@ -66,7 +109,7 @@ class Digests:
 
     def arrived(self, region: HostRegion, blocks: Sequence[Block]) -> None:
         """One of the `pending` pieces of work of these blocks has brought its bytes."""
-        if not self.enabled:
+        if not self.early(region):
             return
         with self._lock:
             for block in blocks:
@@ -76,6 +119,7 @@ class Digests:
 
     def make(self, region: HostRegion, blocks: Sequence[Block]) -> None:
         """Of blocks whose bytes are all there."""
-        if self.enabled:
-            for block in blocks:
-                block.sum = int(partial_sum(region.tensor[block.offset : block.end], block.chunk))
+        if self.early(region):
+            raws = [region.tensor[block.offset : block.end] for block in blocks]
+            for block, total in zip(blocks, run_sums(raws, [block.chunk for block in blocks]), strict=True):
+                block.sum = total

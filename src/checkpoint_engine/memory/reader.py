@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +17,8 @@ from checkpoint_engine.memory.layout import Extent
 from checkpoint_engine.memory.region import PAGE, HostRegion
 from checkpoint_engine.memory.work import CHUNK_BYTES, Work
 
-# Cached bytes are brought this many at a time, so that a core still has in its cache what it touches next: the zeroes of
-# new pages when they are overwritten (a quarter less time than taking all pages first), the bytes when their digest is made.
+# Into new memory cached bytes are brought this many at a time, so that a core still has the zeroes of new pages in its cache when
+# they are overwritten: a quarter less time than taking all pages first.
 HOT_BYTES = 1 << 20
 
 
@@ -36,29 +36,27 @@ class FileReader:
         except OSError as e:
             raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
 
-    def read(self, region: HostRegion, extent: Extent, progress: Callable[[int], None] | None = None) -> None:
-        """Bring the bytes of `extent` into `region`. progress: called with the bytes that are there, all of them at last.
+    def read(self, region: HostRegion, extent: Extent) -> None:
+        """Bring the bytes of `extent` into `region`.
 
         Raises FileFormatError when the file ends too early, CheckpointError when reading fails.
         """
         try:
-            cached = self._read_cached(region, extent, progress)
+            cached = self._read_cached(region, extent)
             if cached < extent.nbytes:
                 if not region.touched:
                     region.touch(extent.region_offset + cached, extent.nbytes - cached)
                 with region.view(extent.region_offset, extent.nbytes) as view:
                     self._read_uncached(view, extent.file_offset, cached)
-                if progress is not None:
-                    progress(extent.nbytes)
         except OSError as e:
             raise CheckpointError(f"{self.path}: cannot be read: {e.strerror}") from e
 
-    def _read_cached(self, region: HostRegion, extent: Extent, progress: Callable[[int], None] | None) -> int:
+    def _read_cached(self, region: HostRegion, extent: Extent) -> int:
         """Read from the start what the page cache holds; returns how many bytes that was."""
         done, flags = 0, os.RWF_NOWAIT
         while done < extent.nbytes:
             size = extent.nbytes - done
-            if progress is not None or not region.touched:
+            if not region.touched:
                 size = min(size, HOT_BYTES)
             if not region.touched:
                 region.touch(extent.region_offset + done, size)
@@ -75,8 +73,6 @@ class FileReader:
             done += count
             if count == 0 or (flags and count < size):
                 break
-            if progress is not None:
-                progress(done)
         return done
 
     def _read_uncached(self, view: memoryview, offset: int, done: int) -> None:
@@ -138,11 +134,11 @@ class _Turn:
         self._lock = threading.Lock()
         self._reader: FileReader | None = None
 
-    def read(self, region: HostRegion, extent: Extent, progress: Callable[[int], None] | None) -> None:
+    def read(self, region: HostRegion, extent: Extent) -> None:
         with self._lock:
             reader = self._reader = self._reader or FileReader(self.path)
         try:
-            reader.read(region, extent, progress)
+            reader.read(region, extent)
         finally:
             with self._lock:
                 self.chunks -= 1
@@ -183,17 +179,8 @@ class ReadPlan:
             self.work.append(Work(partial(self._bring, turn, region, chunk, blocks[first:last]), chunk.nbytes))
 
     def _bring(self, turn: _Turn, region: HostRegion, chunk: Extent, blocks: Sequence[Block]) -> None:
-        first = 0
-
-        def brought(nbytes: int) -> None:
-            nonlocal first
-            last, end = first, chunk.region_offset + nbytes
-            while last < len(blocks) and (blocks[last].end <= end or nbytes == chunk.nbytes):
-                last += 1
-            self._digests.arrived(region, blocks[first:last])
-            first = last
-
-        turn.read(region, chunk, brought if self._digests.enabled else None)
+        turn.read(region, chunk)
+        self._digests.arrived(region, blocks)
 
     def __enter__(self) -> Self:
         return self

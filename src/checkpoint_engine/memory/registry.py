@@ -15,6 +15,7 @@ import torch
 from checkpoint_engine.errors import CheckpointBusyError, CheckpointError, CheckpointExistsError, CheckpointNotFoundError
 from checkpoint_engine.manifest import RegionMeta
 from checkpoint_engine.memory.checkpoint import HostCheckpoint, Progress, build
+from checkpoint_engine.memory.digest import RegionSums
 from checkpoint_engine.memory.pool import Hook, RegionPool
 from checkpoint_engine.memory.region import HostRegion
 from checkpoint_engine.settings import Settings
@@ -46,10 +47,18 @@ class Registry:
 
     settings                of which io_threads is used
     on_create, on_destroy, on_map   see RegionPool: a device registers each region's memory once
+    sums                    makes digests of regions that on_create was called for
     """
 
-    def __init__(self, settings: Settings, on_create: Hook = _ignore, on_destroy: Hook = _ignore, on_map: Hook = _ignore) -> None:
-        self._threads = settings.io_threads
+    def __init__(
+        self,
+        settings: Settings,
+        on_create: Hook = _ignore,
+        on_destroy: Hook = _ignore,
+        on_map: Hook = _ignore,
+        sums: RegionSums | None = None,
+    ) -> None:
+        self._threads, self._sums = settings.io_threads, sums
         self._pool = RegionPool(on_create, on_destroy, on_map=on_map, threads=self._threads)
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
@@ -87,6 +96,7 @@ class Registry:
                 reuse=use_shared_memory_pool,
                 delete_inplace_files=delete_inplace_files,
                 digests=digests,
+                sums=self._sums,
                 progress=progress,
             )
         except BaseException:

@@ -131,7 +131,7 @@ class CopyPlan:
             source = tensor.value.data_ptr() + block.offset - tensor.offset
             # Not torch's copy_, which would start a team of threads for each of ours.
             ctypes.memmove(base + block.offset, source, block.end - block.offset)
-            self._digests.make(self._region, [block])
+        self._digests.make(self._region, [block for _, block in batch])
 
     def _convert(self, tensor: NamedTensor) -> None:
         value = tensor.value.resolve_conj().resolve_neg()

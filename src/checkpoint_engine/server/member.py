@@ -58,6 +58,7 @@ class Member:
             on_create=self._register_memory,
             on_destroy=self._unregister_memory,
             on_map=lambda region: self._device.place(region.tensor),
+            sums=self._device.region_sums(),
         )
         self._served = Served()
         self._updating = threading.Lock()

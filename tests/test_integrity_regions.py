@@ -1,0 +1,104 @@
+"""Digests of registered regions by a device: the same numbers, whatever the tensors came from, and without one that can make them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from checkpoint_engine.devices.base import get_device
+from checkpoint_engine.manifest import RegionMeta
+from checkpoint_engine.memory import digest
+from checkpoint_engine.memory.checksum import partial_sum
+from checkpoint_engine.memory.digest import RegionSums, content_digest
+from checkpoint_engine.memory.registry import Registry
+from checkpoint_engine.memory.work import CHUNK_BYTES
+from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine.settings import Settings
+
+
+class OneByOne:
+    """Stands for a device, with what the sums are defined by. able: whether it can make any."""
+
+    def __init__(self, *, able: bool) -> None:
+        self.able, self.prepared, self.regions = able, 0, 0
+
+    def prepare(self) -> None:
+        self.prepared += 1
+
+    def __call__(self, memory: torch.Tensor, runs: Sequence[tuple[int, int]]) -> list[int] | None:
+        self.regions += 1
+        return [int(partial_sum(memory[at : at + nbytes])) for at, nbytes in runs] if self.able else None
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[list[Path]]:
+    """One that is read, and one in /dev/shm, whose tensors begin at odd places."""
+    save_file({"read": torch.randn(CHUNK_BYTES // 4 + 9), "flat": torch.ones(3, 5)}, tmp_path / "f")
+    header = json.dumps({name: {"dtype": "U8", "shape": [n], "data_offsets": [at, at + n]} for name, n, at in PLACED}).encode()
+    header += b" " * (3 - len(header) % 4)  # not a multiple of 4: nothing is aligned
+    mapped = Path(f"/dev/shm/checkpoint-engine-test-{os.getpid()}")
+    mapped.write_bytes(struct.pack("<Q", len(header)) + header + os.urandom(5000 + 70_001))
+    try:
+        yield [tmp_path / "f", mapped]
+    finally:
+        mapped.unlink()
+
+
+PLACED = [("mapped", 5000, 0), ("behind", 70_001, 5000)]
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {"large": torch.randn(5 * CHUNK_BYTES // 16), "strided": torch.randn(40, 30).t(), "none": torch.zeros(0)}
+
+
+def check(registry: Registry, name: str) -> None:
+    checkpoint = registry[name]
+    metas: tuple[RegionMeta, ...] = checkpoint.metas()
+    assert sum(len(meta.tensors) for meta in metas) >= 3
+    for region, meta in zip(checkpoint.regions, metas, strict=True):
+        for t in meta.tensors:
+            assert t.digest == content_digest(bytes(region.view(t.offset, t.nbytes))), t.name
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_of_all_kinds_of_regions(able: bool, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest, "DEVICE_BYTES", 1000)
+    sums = OneByOne(able=able)
+    assert isinstance(sums, RegionSums)
+    with Registry(Settings(io_threads=3), sums=sums) as registry:
+        for name in ("first", "again"):
+            registry.register(name, files=files, named_tensors=tensors(), use_shared_memory_pool=True)
+            check(registry, name)
+            registry.unregister(name)
+        assert (sums.prepared, sums.regions) == (6, 6)
+        registry.register("off", named_tensors=tensors(), digests=False)
+        assert not any(t.digest for meta in registry["off"].metas() for t in meta.tensors)
+        assert sums.regions == 6
+
+
+def test_small_regions_need_no_device() -> None:
+    sums = OneByOne(able=True)
+    with Registry(Settings(io_threads=1), sums=sums) as registry:
+        registry.register("c", named_tensors=tensors())
+        check(registry, "c")
+    assert (sums.prepared, sums.regions) == (0, 0)
+    assert get_device("cpu").region_sums() is None
+
+
+@pytest.mark.gpu
+def test_by_a_gpu(files: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(digest, "DEVICE_BYTES", 1000)
+    named = tensors() | {"there": torch.randn(3000, device="cuda"), "huge": torch.randn(200 << 20)}
+    with contextlib.closing(ParameterServer(rank=0, world_size=1)) as ps:
+        for name in ("first", "again"):
+            ps.register_checkpoint(name, files=files, named_tensors=named, use_shared_memory_pool=name == "again")
+            check(ps._registry, name)
+    assert not [record for record in caplog.records if "digests are made" in record.message]
