@@ -1,4 +1,4 @@
-"""Digests of registered regions by a device: the same numbers, whatever the tensors came from, and without one that can make them."""
+"""Digests of registered regions by a device: the same, whatever the tensors came from, and by the CPU where it can make none."""
 
 from __future__ import annotations
 

@@ -14,8 +14,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from checkpoint_engine.devices.cudart import MAX_PITCH
 from checkpoint_engine.errors import LoadPlanError
-from checkpoint_engine.loads.bulk import BULK_BYTES, in_bulk
+from checkpoint_engine.loads.bulk import BULK_BYTES, ROW_BYTES, in_bulk
 from checkpoint_engine.loads.model import Model
 from checkpoint_engine.loads.moves import MAX_DIMS, Move, Source, moves
 from checkpoint_engine.loads.plan import Copy, LoadersTensor, LoadPlan, PlannedTensor, Storage
@@ -263,7 +264,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_
 def kernel_matches_copies(device: str, shift: int, memory_device: str) -> None:
     from checkpoint_engine.loads.kernel import Gather
 
-    memory = torch.randint(0, 256, (1 << 22,), dtype=torch.uint8)
+    memory = torch.randint(0, 256, (1 << 25,), dtype=torch.uint8)
     there = memory.to(memory_device)
     if device != memory_device:
         there = memory.pin_memory()
@@ -278,12 +279,13 @@ def kernel_matches_copies(device: str, shift: int, memory_device: str) -> None:
     ]
     if device == "cuda":  # by the copy engine, out of host memory
         found += [
-            Move(0, 1 << 20, 0, 1 << 16, 300_000, (), (), ()),
-            Move(0, 1 << 20, 0, 400_001, 270_001, (2, 3), (100, 500_000), (900_000, 270_003)),
+            Move(0, 1 << 20, 0, 1 << 16, LARGE, (), (), ()),
+            Move(0, 1 << 20, 0, 5_000_001, 270_001, (2, 16), (100, 500_000), (4_400_000, 270_003)),
+            Move(0, 77, 0, 14_000_000, 768, (3, 2048), (1536 * 4096, 1536), (768 * 2049, 768)),
         ]
     results: list[torch.Tensor] = []
     for kind, where, slots in ((Copies, "cpu", False), (Gather, device, False), (Gather, device, True)):
-        storage = torch.zeros(1 << 22, dtype=torch.uint8, device=where)
+        storage = torch.zeros(1 << 25, dtype=torch.uint8, device=where)
         way = kind(found, {0: storage} if slots else [storage])
         for moved in (shift, 0, shift):
             way.run([(memory if where == "cpu" and kind is Copies else there)[moved:]])
@@ -293,6 +295,8 @@ def kernel_matches_copies(device: str, shift: int, memory_device: str) -> None:
 
 
 LARGE = BULK_BYTES + 5
+ROW = ROW_BYTES + 1
+MANY = BULK_BYTES // ROW_BYTES  # rows that are enough
 
 
 @pytest.mark.parametrize(
@@ -305,27 +309,41 @@ LARGE = BULK_BYTES + 5
         (Move(1, 7, 0, 0, LARGE, (4,), (LARGE - 1,), (LARGE,)), 4),  # rows that overlap are none to CUDA
         (Move(1, 7, 0, 0, LARGE, (2,), (1 << 31,), (LARGE,)), 2),
         (Move(1, 7, 0, 0, LARGE, (300, 2), (1, 2 * LARGE), (2 * LARGE, LARGE)), 0),
+        (Move(1, 7, 0, 0, ROW_BYTES - 1, (2 * MANY,), (ROW,), (ROW,)), 0),
+        (Move(1, 7, 0, 0, ROW, (MANY,), (2 * ROW,), (ROW,)), 1),
+        (Move(1, 7, 0, 0, ROW, (4, MANY // 4), (MANY * ROW, 2 * ROW), (MANY * ROW // 2, ROW)), 1),  # a layer's experts
+        (Move(1, 7, 0, 0, ROW, (3, 4, MANY // 4), (9, MANY * ROW, 2 * ROW), (4 * MANY * ROW, MANY * ROW, ROW)), 3),
+        (Move(1, 7, 0, 0, ROW, (4, MANY), (2 * MANY * ROW, 2 * ROW), (MANY * ROW + 1, ROW)), 4),  # not whole rows away
+        (Move(1, 7, 0, 0, ROW, (4, MANY), (2 * MANY * ROW - 2 * ROW, 2 * ROW), (MANY * ROW, ROW)), 4),  # layers that overlap
+        (Move(1, 7, 0, 0, ROW, (4, MANY // 4), (MANY * ROW, 2 * ROW), (MANY * ROW // 4 + 1, ROW)), 0),
     ],
 )
 def test_what_the_copy_engine_is_asked_for(move: Move, copies: int) -> None:
-    rows = in_bulk(move, 1000)
-    assert len(rows) == copies
-    made = {
-        (row.source + n * row.source_pitch, row.target + n * row.target_pitch, row.width)
-        for row in rows
-        for n in range(row.height)
-    }
-    steps = list(itertools.product(*map(range, move.sizes)))
-    wanted = {
+    blocks = in_bulk(move, 1000)
+    assert len(blocks) == copies
+    made = sorted(
+        (
+            block.source + (layer * block.source_rows + row) * block.source_pitch,
+            block.target + (layer * block.target_rows + row) * block.target_pitch,
+            block.width,
+        )
+        for block in blocks
+        for layer in range(block.depth)
+        for row in range(block.height)
+    )
+    wanted = sorted(
         (
             move.source + sum(i * s for i, s in zip(index, move.source_strides, strict=True)),
             1000 + sum(i * s for i, s in zip(index, move.target_strides, strict=True)),
             move.run,
         )
-        for index in steps
-    }
-    assert made == (wanted if copies else set())
-    assert all(row.memory == 1 and row.width <= min(row.source_pitch, row.target_pitch) for row in rows)
+        for index in itertools.product(*map(range, move.sizes))
+    )
+    assert made == (wanted if copies else [])
+    for block in blocks:
+        assert block.memory == 1
+        assert block.width <= min(block.source_pitch, block.target_pitch) <= MAX_PITCH
+        assert block.depth == 1 or block.height <= min(block.source_rows, block.target_rows)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")

@@ -11,6 +11,7 @@ import functools
 import site
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -58,6 +59,37 @@ class _PointerAttributes(ctypes.Structure):
     )
 
 
+class _Position(ctypes.Structure):
+    _fields_ = (("x", ctypes.c_size_t), ("y", ctypes.c_size_t), ("z", ctypes.c_size_t))
+
+
+class _PitchedPointer(ctypes.Structure):
+    _fields_ = (("pointer", ctypes.c_void_p), ("pitch", ctypes.c_size_t), ("width", ctypes.c_size_t), ("rows", ctypes.c_size_t))
+
+
+class _Copy3D(ctypes.Structure):
+    """cudaMemcpy3DParms, the same in CUDA 12 and 13."""
+
+    _fields_ = (
+        ("source_array", ctypes.c_void_p),
+        ("source_position", _Position),
+        ("source", _PitchedPointer),
+        ("target_array", ctypes.c_void_p),
+        ("target_position", _Position),
+        ("target", _PitchedPointer),
+        ("extent", _Position),
+        ("kind", ctypes.c_int),
+    )
+
+
+class Side(NamedTuple):
+    """Where rows lie: the first one's address, bytes from row to row (MAX_PITCH at most), and rows from layer to layer."""
+
+    address: int
+    pitch: int
+    rows: int
+
+
 _INT, _UINT, _SIZE, _POINTER = ctypes.c_int, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p
 _OUT_POINTER, _OUT_INT = ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int)
 
@@ -71,6 +103,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "cudaHostUnregister": (_POINTER,),
     "cudaMemcpyAsync": (_POINTER, _POINTER, _SIZE, _INT, _POINTER),
     "cudaMemcpy2DAsync": (_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _INT, _POINTER),
+    "cudaMemcpy3DAsync": (ctypes.POINTER(_Copy3D), _POINTER),
     "cudaPointerGetAttributes": (ctypes.POINTER(_PointerAttributes), _POINTER),
     "cudaDeviceGetPCIBusId": (ctypes.c_char_p, _INT, _INT),
     "cudaDeviceGetStreamPriorityRange": (_OUT_INT, _OUT_INT),
@@ -147,6 +180,13 @@ class CudaRuntime:
     ) -> None:
         """Queue a copy of `height` rows of `width` bytes, as memcpy_async. Pitches: from row to row, MAX_PITCH at most."""
         self._call("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, height, _MEMCPY_DEFAULT, stream)
+
+    def memcpy_3d_async(self, target: Side, source: Side, width: int, height: int, depth: int, stream: int) -> None:
+        """Queue a copy of `depth` layers of `height` rows of `width` bytes, as memcpy_async."""
+        parameters = _Copy3D(kind=_MEMCPY_DEFAULT, extent=_Position(width, height, depth))
+        parameters.source = _PitchedPointer(source.address, source.pitch, width, source.rows)
+        parameters.target = _PitchedPointer(target.address, target.pitch, width, target.rows)
+        self._call("cudaMemcpy3DAsync", ctypes.byref(parameters), stream)
 
     def pointer_device(self, address: int) -> int:
         """Number, among the visible ones, of the device that `address` belongs to; negative for host memory."""

@@ -14,7 +14,7 @@ import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-from checkpoint_engine.loads.bulk import BulkCopies, Rows, in_bulk
+from checkpoint_engine.loads.bulk import Block, BulkCopies, in_bulk
 from checkpoint_engine.loads.moves import MAX_DIMS, Move, Storages
 
 BLOCK = 1024
@@ -91,7 +91,7 @@ class Gather:
 
     def _make(self, kinds: tuple[tuple[int, bool], ...]) -> None:
         rows: list[list[int]] = []
-        bulk: list[Rows] = []
+        bulk: list[Block] = []
         for move in self._moves:
             target = self._storages[move.storage].data_ptr() + move.target
             alignment, host = kinds[move.memory]
