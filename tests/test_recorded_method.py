@@ -29,8 +29,9 @@ def _ready(offers: list[Offer]) -> list[Offer]:
     return [msgspec.structs.replace(offer, ahead=regions_digest(offers)) for offer in offers]
 
 
-def _choose(offers: list[Offer], seconds: float = 1.0) -> Method:
-    return choose_method(offers, lambda: seconds)
+def _choose(offers: list[Offer], seconds: float = 1.0, last: str | None = None) -> Method:
+    """last: None: the same regions as now."""
+    return choose_method(offers, lambda: seconds, regions_digest(offers) if last is None else last)
 
 
 def test_pull_is_a_ranks_own_bytes_or_all_of_the_hosts() -> None:
@@ -43,6 +44,12 @@ def test_first_the_plans_then_the_regions_then_pull() -> None:
     assert _choose(_offers(2)) == Method(pull=False)
     assert _choose(_offers(2, reads=30 * GB)) == Method(pull=False, ahead=True)
     assert _choose(_ready(_offers(2, reads=30 * GB))) == Method(pull=True)
+
+
+def test_nothing_is_prepared_for_regions_that_were_not_there_before() -> None:
+    assert _choose(_offers(2, reads=30 * GB), last="") == Method(pull=False)
+    assert _choose(_offers(2, reads=30 * GB), last=regions_digest(_offers(3))) == Method(pull=False)
+    assert _choose(_ready(_offers(2, reads=30 * GB)), last="") == Method(pull=True)  # all that matters is that they are ready
 
 
 def test_replicas_that_all_read_everything_broadcast() -> None:

@@ -154,6 +154,11 @@ class Device(ABC):
         """Whether regions can be opened, as far as is known."""
         return True
 
+    @property
+    def regions_ready(self) -> bool:
+        """Whether those of `map_ahead` can be opened without waiting."""
+        return True
+
     @abstractmethod
     def open_peer(self, handle: SharedHandle, descriptors: tuple[int, ...]) -> Mapping:
         """Map another server's ring, perhaps on another device of this host, to copy into; takes ownership of `descriptors`.

@@ -240,6 +240,10 @@ class CudaDevice(Device):
     def reads_regions(self) -> bool:
         return self._regions.usable
 
+    @property
+    def regions_ready(self) -> bool:
+        return self._regions.ready
+
     def open_ring(self, handle: SharedHandle, descriptors: tuple[int, ...]) -> Mapping:
         if handle.kind == "region" and len(descriptors) == 1:
             return self._regions.open(handle, descriptors[0])

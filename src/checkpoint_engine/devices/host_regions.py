@@ -60,6 +60,11 @@ class HostRegions:
             # By the thread that registers it, if that is not over.
             self._regions.pop(key).add_done_callback(_give_up)
 
+    @property
+    def ready(self) -> bool:
+        """Whether all of them are registered."""
+        return self.usable and all(future.done() for future in self._regions.values())
+
     def open(self, handle: SharedHandle, descriptor: int) -> Mapping:
         """Takes ownership of `descriptor`; waits until the region is registered.
 

@@ -169,7 +169,7 @@ def _conclude(seconds: float, lift: float, share: float, load: float) -> Predict
 class PullRates(msgspec.Struct, frozen=True, kw_only=True):
     """What pulling can do. Bytes per second; seconds.
 
-    gather   one kernel that reads scattered bytes of registered host memory, one rank alone
+    gather   copy engine and kernel together, out of registered host memory, one rank alone
     memory   all of a host's ranks together
     latency  of a pull, besides its bytes
     """
@@ -179,9 +179,9 @@ class PullRates(msgspec.Struct, frozen=True, kw_only=True):
     latency: float = 0.0
 
 
-# Measured on one H200: 4 719 slices of one TP rank at 50.5 GB/s. How much eight GPUs read together was not measured: two sockets
-# with eight channels of DDR5-4800 have 614 GB/s in theory, of which a third is assumed.
-H200_PULL = PullRates(gather=50.5e9, memory=200e9, latency=1e-3)
+# Measured on one H200: qwen3-8b gathered at 55.3 GB/s, 10 ms besides. How much eight GPUs read together was not measured: two
+# sockets with eight channels of DDR5-4800 have 614 GB/s in theory, of which a third is assumed.
+H200_PULL = PullRates(gather=54e9, memory=200e9, latency=10e-3)
 
 
 def predict_pull(reads: Sequence[int], rates: PullRates) -> float:

@@ -19,8 +19,9 @@ log = logging.getLogger(__name__)
 
 class Crew:
     """asked: how many came. reads: bytes that they would pull in the next update of the same plan; -1: one of them cannot. needs:
-    the buckets of which the only one that came would take anything, as in Ready; empty: all, or several came.
-    stats, ways, notes: of the whole update. noticed: those notes that are about workers that are not what this server left."""
+    the buckets of which the only one that came would take anything, as in Ready; empty: all, or several came. ahead: all of them
+    have the regions of a later update ready. stats, ways, notes: of the whole update. noticed: those notes that are about workers
+    that are not what this server left."""
 
     def __init__(self, served: Served) -> None:
         self._served = served
@@ -30,6 +31,7 @@ class Crew:
         self.asked = 0
         self.reads = 0
         self.needs = b""
+        self.ahead = True
         self.stats: dict[str, m.StageStats] = {}
         self.ways: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
@@ -74,6 +76,7 @@ class Crew:
             self.ways = tuple(dict.fromkeys((*self.ways, heard.way)))
             self.reads = self.reads + heard.reads if min(self.reads, heard.reads) >= 0 else -1
             self.needs = heard.needs if self.asked == 1 else b""
+            self.ahead = self.ahead and heard.ahead
 
     def commit(self, version: str, seconds: float) -> None:
         """Have the worker serve `version`; then it is none of the crew's. Raises PeerLostError, DeadlineError, ProtocolError."""

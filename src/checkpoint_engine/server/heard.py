@@ -8,7 +8,7 @@ from checkpoint_engine.transport.messages import Again, Loaded, Ready, Spent, St
 
 class Heard:
     """tables: the name under which it has the stream's tables. again: it needs the stream once more. way, reads, needs, sums,
-    taken: as in Ready; way "": it is not ready. notes: of its load plan. spans: as in Spent."""
+    taken, ahead: as in Ready; way "": it is not ready. notes: of its load plan. spans: as in Spent."""
 
     def __init__(self) -> None:
         self._load = self._engine = self._hook = 0.0
@@ -22,6 +22,7 @@ class Heard:
         self.notes: tuple[str, ...] = ()
         self.spans: tuple[Span, ...] = ()
         self.sums = self.taken = b""
+        self.ahead = False
 
     def loaded(self, message: Loaded) -> None:
         self._load += message.seconds
@@ -34,6 +35,7 @@ class Heard:
         else:
             self._hook, self.way, self.reads = message.seconds, message.way, message.pull
             self.needs, self.sums, self.taken = message.needs, message.sums, message.taken
+            self.ahead = message.ahead
 
     def _tell(self, spent: Spent) -> None:
         self._spent, self.notes, self.spans = spent.seconds, spent.notes, spent.spans

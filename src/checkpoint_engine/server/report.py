@@ -105,8 +105,8 @@ class UpdateReport:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of an update that went well. passes: streams. reads, needs: of this rank's workers, see Crew. timelines: on rank 0 only.
-    All else is of all ranks."""
+    """Of an update that went well. passes: streams. reads, needs, ahead: of this rank's workers, see Crew. timelines: on
+    rank 0 only. All else is of all ranks."""
 
     passes: int
     stats: tuple[dict[str, StageStats], ...]
@@ -114,6 +114,7 @@ class Outcome:
     notes: tuple[str, ...]
     reads: int
     needs: bytes
+    ahead: bool
     timelines: tuple[Timeline, ...] = ()
 
 

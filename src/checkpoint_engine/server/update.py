@@ -110,7 +110,8 @@ class UpdateRun:
             # Ranks that fail at the same time tell each other before they stop: now all know of all, and name the same one.
             raise self._error(min((failure, *self._inbox.failures), key=telling))
         timelines = self._leader.timelines(self._hosts) if self._leader is not None else ()
-        return Outcome(self._pass_number, end.stats, end.ways, end.notes, self._crew.reads, self._crew.needs, timelines)
+        crew = self._crew
+        return Outcome(self._pass_number, end.stats, end.ways, end.notes, crew.reads, crew.needs, crew.ahead, timelines)
 
     def _error(self, failure: m.Failure) -> UpdateError:
         committed, f = self._committed and not self._dirty, failure

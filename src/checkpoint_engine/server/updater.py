@@ -142,7 +142,7 @@ class Updater:
     def _settle(self, offers: list[Offer], plan: Plan, lane: Lane, outcome: Outcome, *, mapped: bool) -> None:
         """What the next update has to know of one that went well."""
         self._keeper.proven = lane.method == "copies"
-        self._puller.settle(offers, plan, outcome.reads, mapped=mapped)
+        self._puller.settle(offers, plan, outcome.reads, mapped=mapped and outcome.ahead)
         self._sparse.settle(plan, outcome.needs)
 
     def _expected(self, offers: list[Offer], prepared: Prepared) -> Expected | None:

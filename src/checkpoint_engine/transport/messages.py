@@ -72,7 +72,8 @@ class Ready(Message, frozen=True):
     "loader", "proved" or "replayed". pull: bytes that a replay of this checkpoint reads on this rank; -1: there is no
     plan for it, or this worker cannot read the servers' memory. needs: the buckets that a replay takes anything of, one bit each
     (planning.bits); empty: it needs all. sums: 8 bytes, little-endian, for each tensor that Attach asked for the slices of.
-    taken: an encoded Taken, if it was asked for and this worker is going to replay."""
+    taken: an encoded Taken, if it was asked for and this worker is going to replay. ahead: all regions that Attach named for a
+    later update are there to be read."""
 
     seconds: float
     spent: Spent = Spent()
@@ -81,6 +82,7 @@ class Ready(Message, frozen=True):
     needs: bytes = b""
     sums: bytes = b""
     taken: bytes = b""
+    ahead: bool = False
 
 
 class Committed(Message, frozen=True):

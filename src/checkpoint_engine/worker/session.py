@@ -263,7 +263,8 @@ class _Session:
         seconds = self._work.did("post_hook", start)
         reads = self.loads.reads(checked=self._checked) if self.device.reads_regions else -1
         taken = self.loads.taken if self._tell else b""
-        self._send(Ready(seconds, self._spent(), self.loads.way.value, reads, self.loads.needs, self._sums, taken))
+        needs, ahead = self.loads.needs, self.device.regions_ready
+        self._send(Ready(seconds, self._spent(), self.loads.way.value, reads, needs, self._sums, taken, ahead))
 
     def _spent(self) -> Spent:
         """Since the last time that it was told."""
