@@ -281,10 +281,11 @@ def _as_on_a_gpu(rank: int, world_size: int, crew: list[Worker]) -> Any:
 
 
 def test_pull_once_the_regions_are_ready() -> None:
-    """Proved, replayed while regions are mapped, pulled; so again after the memory became another, and after a failure."""
+    """Proved, replayed while regions are mapped, pulled; so again after the memory became another, which is not mapped before it
+    was used twice, and after a failure."""
     with engines(["", ""]) as crew:
         for seen in run_ranks(_as_on_a_gpu, 2, crew):
             assert all(right for _, _, right in seen)
-            assert [pulled for pulled, _, _ in seen] == [False, False, True, False, True, False, True, True]
+            assert [pulled for pulled, _, _ in seen] == [False, False, True, False, False, False, True, True]
             replayed, proved = {"replayed"}, {"proved"}
             assert [ways for _, ways, _ in seen] == [proved, *[replayed] * 4, replayed | proved, *[replayed] * 2]

@@ -39,8 +39,8 @@ class Settings:
     sparse           whether buckets of which this rank's worker needs nothing, by its load plan, need not be sent to it: "on",
                      "off"; "auto": on a CPU, until it has run on GPUs
     verify           whether workers check every tensor, or the slices that they take, against the digest that its owner made when
-                     it registered it, before any worker commits: "on", "off"; "auto": on a CPU; on GPUs it costs up to 10 % of
-                     an update (RESULTS.md). "on" on any rank is for all
+                     it registered it, before any worker commits: "on", "off"; "auto": on, unless another rank is "off". "on"
+                     on any rank is for all
     peer_reads       let peers that have this world's metas read the checkpoints that it gathered, over TCP and with a token
     peer_hosts       addresses of this host by which peers read, one for each network interface, separated by commas; empty: the
                      one by which the other ranks reach it

@@ -146,7 +146,7 @@ class Updater:
         self._sparse.settle(plan, outcome.needs)
 
     def _expected(self, offers: list[Offer], prepared: Prepared) -> Expected | None:
-        if not verified(offers, self._device.kind):
+        if not verified(offers):
             return None
         return Expected(prepared.plan, prepared.manifest, prepared.sources, self._book)
 
