@@ -123,7 +123,7 @@ def test_digests_travel_in_the_order_of_the_plan(sizes: list[int], ranks: int, w
     metas = [(RegionMeta(max(1, len(memory[r])), tuple(regions[r])),) for r in range(ranks)]
     manifest = Manifest("c", tuple(RankManifest(r, "h", f"d{r}", metas[r]) for r in range(ranks)))
     plan = plan_broadcast(manifest, bucket_bytes=2048, ring_bytes=4096, piece_bytes=1024)
-    expected = packed_digests(plan.buckets, manifest)
+    expected = packed_digests(plan, manifest)
     if without >= len(sizes):
         assert expected == b""
         return

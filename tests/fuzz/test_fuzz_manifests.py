@@ -55,7 +55,7 @@ def plan(manifest: Manifest) -> None:
             for copy in piece.copies:
                 assert copy.source >= 0 and copy.source + copy.nbytes <= regions[copy.region].nbytes
                 assert copy.offset >= 0 and copy.offset + copy.nbytes <= bucket.nbytes
-    assert len(packed_digests(made.buckets, manifest)) in (0, 8 * len(items))
+    assert len(packed_digests(made, manifest)) in (0, 8 * len(items))
     mapped_items(made, manifest)
 
 

@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint_engine.planning.digests import unpack
+from checkpoint_engine.planning.digests import in_order, unpack
 
 CHUNK_BYTES = 4096
 """Weights begin anew after so many bytes: few enough for all of them to stay in registers or in the first cache."""
@@ -214,6 +214,12 @@ def row_sums(address: int, out: torch.Tensor, stride: int, first: int = 0, words
 def unpacked(packed: bytes) -> torch.Tensor:
     """int64, from 8 bytes each: digests, as they travel (planning.digests)."""
     return torch.frombuffer(unpack(packed), dtype=torch.int64) if packed else torch.zeros(0, dtype=torch.int64)
+
+
+def packed(sums: torch.Tensor) -> bytes:
+    """As `unpacked` takes them. Waits for the device."""
+    there = sums.cpu().contiguous()
+    return in_order(ctypes.string_at(there.data_ptr(), there.nbytes))
 
 
 def _words_at(address: int, count: int) -> torch.Tensor:

@@ -6,11 +6,12 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 from checkpoint_engine.manifest import Manifest
-from checkpoint_engine.planning.plan import Bucket, Item
+from checkpoint_engine.planning.plan import Bucket, Item, Plan
 
 
-def packed_digests(buckets: Iterable[Bucket], manifest: Manifest) -> bytes:
-    """8 bytes for each item of each bucket, little-endian; 0 for one without a digest. Nothing at all when none has one.
+def packed_digests(plan: Plan, manifest: Manifest) -> bytes:
+    """8 bytes for each item of each of the plan's buckets, little-endian; 0 for one without a digest. Nothing at all when none
+    has one.
 
     Holders of a tensor agree on its digest, or gather_metas would have raised (planning.holders); where only some made one,
     it is theirs.
@@ -18,7 +19,7 @@ def packed_digests(buckets: Iterable[Bucket], manifest: Manifest) -> bytes:
     known = {t.name: t.digest for rank in manifest.ranks for region in rank.regions for t in region.tensors if t.digest}
     if not known:
         return b""
-    return pack([known.get(item.name, 0) for bucket in buckets for item in bucket.items])
+    return pack([known.get(name, 0) for name in plan.item_names])
 
 
 def unpack(packed: bytes) -> array[int]:
@@ -35,6 +36,11 @@ def pack(digests: Sequence[int]) -> bytes:
     if _BIG_ENDIAN:
         packed.byteswap()
     return packed.tobytes()
+
+
+def in_order(numbers: bytes) -> bytes:
+    """64-bit numbers as they lie in memory, as they travel; and the other way round."""
+    return pack(array("Q", numbers)) if _BIG_ENDIAN else numbers
 
 
 _BIG_ENDIAN = array("H", [1]).tobytes() != b"\1\0"

@@ -91,6 +91,11 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
         return tuple(sum(i.nbytes for i in b.items) for b in self.buckets)
 
     @cached_property
+    def item_names(self) -> tuple[str, ...]:
+        """Of each tensor, in the order of the buckets."""
+        return tuple(item.name for bucket in self.buckets for item in bucket.items)
+
+    @cached_property
     def item_sizes(self) -> tuple[int, ...]:
         """Bytes of each tensor, in the order of the buckets."""
         return tuple(item.nbytes for bucket in self.buckets for item in bucket.items)

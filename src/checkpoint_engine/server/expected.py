@@ -35,7 +35,7 @@ class Expected:
 
     @cached_property
     def digests(self) -> bytes:
-        return packed_digests(self._plan.buckets, self._manifest)
+        return packed_digests(self._plan, self._manifest)
 
     def slices(self) -> SliceCheck | None:
         """The check of what workers take, of one update, for the rank that leads it."""

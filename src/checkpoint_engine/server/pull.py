@@ -1,7 +1,7 @@
 """Whether workers pull their bytes straight from the servers' memory: all ranks come to the same answer.
 
 Before that they register all of that memory with their device, once, in the background of an update that does not pull. That is
-not free: the driver lets nothing else of the worker's process through meanwhile (55 ms a GB on an H200's host).
+not free: the driver lets nothing else of the worker's process through meanwhile.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ START_SECONDS = 0.04
 """Of an update by broadcasts or copies, which the prediction leaves out and pulling saves: rings are made and mapped, the first
 piece has to pass all stages. On two H200s qwen3-8b, 30b-a3b and 32b took 48, 43 and 66 ms more than their lifts."""
 
+REGISTER_SECONDS = 0.08e-9
+"""For a byte and a worker: updates in which two workers registered 61.1 GB each took 8.9 s longer on two H200s, 65.5 GB 10.9 s, and
+16.4 GB 2.7 s. (One alone takes 0.055 s a GB.)"""
+PAYS_BACK = 50
+"""Updates in which pulling has to save what registering takes."""
+
 
 class Method(NamedTuple):
     """pull: workers map all ranks' regions. ahead: not yet, but they begin to, for the next update."""
@@ -50,7 +56,7 @@ def regions_digest(offers: Sequence[Offer]) -> str:
 def choose_method(offers: Sequence[Offer], broadcast: Callable[[], float], last: str = "") -> Method:
     """Pull where some rank insists on it; broadcast where one insists on that. Otherwise, where workers need no preparation (on
     CPUs), pull if it is possible, else if they have their load plans ready, and it is predicted to be faster. They prepare for it
-    when the regions are those of the update before: memory that is made anew for every update is not worth it.
+    where that pays soon, and the regions are those of the update before: they may be made anew for every update.
 
     broadcast: how many seconds that is predicted to take. last: digest of the regions of the last update.
 
@@ -69,11 +75,17 @@ def choose_method(offers: Sequence[Offer], broadcast: Callable[[], float], last:
     if all(offer.maps for offer in offers):
         return Method(pull=True)
     reads = [offer.reads for offer in offers]
-    if min(reads) < 0 or predict_pull(reads, H200_PULL) >= broadcast():
-        return Method(pull=False)
     regions = regions_digest(offers)
     ready = all(offer.ahead == regions for offer in offers)
+    price = 0.0 if ready else _registering(offers) / PAYS_BACK
+    if min(reads) < 0 or predict_pull(reads, H200_PULL) + price >= broadcast():
+        return Method(pull=False)
     return Method(pull=ready, ahead=not ready and regions == last)
+
+
+def _registering(offers: Sequence[Offer]) -> float:
+    """Seconds."""
+    return REGISTER_SECONDS * len(offers) * sum(region.nbytes for offer in offers for region in offer.regions or ())
 
 
 def _obstacle(offers: Sequence[Offer]) -> str | None:

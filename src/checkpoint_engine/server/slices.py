@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -30,12 +29,36 @@ _MASK = (1 << 64) - 1
 Rules = tuple[Rule, ...]
 
 
+class Checked(NamedTuple):
+    """A rule. items: numbers of its tensors that have a digest; at: their places among the sums that are told; lengths: what the
+    lengths add to the digests. int64."""
+
+    rule: Rule
+    items: torch.Tensor
+    at: torch.Tensor
+    lengths: torch.Tensor
+
+
 class Asked(NamedTuple):
     """items: numbers of the tensors that the rules are about and that have a digest, in order, int64; bits: the same, packed."""
 
-    rules: Rules
+    rules: tuple[Checked, ...]
     items: torch.Tensor
     bits: bytes
+
+    @classmethod
+    def about(cls, rules: Rules, has: torch.Tensor, sizes: Sequence[int]) -> Asked:
+        """has: of each tensor, whether it has a digest; sizes: bytes."""
+        items = torch.tensor(sorted(itertools.chain.from_iterable(rule.items for rule in rules)), dtype=torch.int64)
+        items = items[has[items]]
+        lengths = torch.tensor(sizes, dtype=torch.int64) * signed(LENGTH_WEIGHT)
+        checked = []
+        for rule in rules:
+            mine = torch.tensor(rule.items, dtype=torch.int64)
+            mine = mine[has[mine]]
+            checked.append(Checked(rule, mine, torch.searchsorted(items, mine), lengths[mine]))
+        chosen = set(items.tolist())
+        return cls(tuple(checked), items, pack_bits(n in chosen for n in range(len(has))) if chosen else b"")
 
 
 NOTHING = Asked((), torch.zeros(0, dtype=torch.int64), b"")
@@ -72,11 +95,7 @@ class SliceBook:
         """What those are asked for who take what has these names. digests: of the plan's tensors."""
         key, has = (plan.digest, names), digests != 0
         if self._asked_key != key or not torch.equal(self._has, has):
-            found = self.rules(plan, names)
-            items = torch.tensor(sorted(itertools.chain.from_iterable(rule.items for rule in found)), dtype=torch.int64)
-            items = items[has[items]]
-            chosen = set(items.tolist())
-            self._asked = Asked(found, items, pack_bits(n in chosen for n in range(len(has))) if chosen else b"")
+            self._asked = Asked.about(self.rules(plan, names), has, plan.item_sizes)
             self._asked_key, self._has = key, has
         return self._asked
 
@@ -140,11 +159,9 @@ class SliceCheck:
             return missing[0], ProtocolError(f"the worker of rank {missing[0]} did not tell the sums of its slices")
         wrong = torch.zeros(len(self._digests), dtype=torch.bool)
         first: tuple[int, list[list[int]]] | None = None
-        for rule in self._asked.rules:
-            for cover in self._covers(rule):
-                items = torch.tensor(rule.items, dtype=torch.int64)
-                items = items[self._digests[items] != 0]
-                bad = items[self._differ(items, cover)]
+        for checked in self._asked.rules:
+            for cover in self._covers(checked.rule):
+                bad = checked.items[self._differ(checked, cover)]
                 wrong[bad] = True
                 if len(bad) and (first is None or int(bad[0]) < first[0]):
                     first = int(bad[0]), cover
@@ -158,22 +175,17 @@ class SliceCheck:
         ranks = [[rank for rank, name in sorted(self._names.items()) if name == each] for each in self._different]
         return [[[rank for number in group for rank in ranks[number]] for group in cover] for cover in rule.covers]
 
-    def _differ(self, items: torch.Tensor, cover: list[list[int]]) -> torch.Tensor:
-        """For each of these tensors, whether its slices do not make up what was registered."""
-        at = torch.searchsorted(self._asked.items, items)
-        total = self._lengths[items] * signed(LENGTH_WEIGHT)
-        differ = torch.zeros(len(items), dtype=torch.bool)
+    def _differ(self, checked: Checked, cover: list[list[int]]) -> torch.Tensor:
+        """For each of its tensors, whether its slices do not make up what was registered."""
+        total = checked.lengths.clone()
+        differ = torch.zeros(len(total), dtype=torch.bool)
         for group in cover:
-            one = self._sums[group[0]][at]
-            total = total + one
+            one = self._sums[group[0]][checked.at]
+            total += one
             for rank in group[1:]:
-                differ |= self._sums[rank][at] != one
+                differ |= self._sums[rank][checked.at] != one
         total[total == 0] = 1  # as checksum.finish
-        return differ | (total != self._digests[items])
-
-    @cached_property
-    def _lengths(self) -> torch.Tensor:
-        return torch.tensor(self._plan.item_sizes, dtype=torch.int64)
+        return differ | (total != self._digests[checked.items])
 
     def _blame(self, item: int, cover: list[list[int]]) -> list[int]:
         """The ranks whose sums are not those by which the others' make up the tensor; all, where that tells nothing."""
@@ -186,5 +198,5 @@ class SliceCheck:
         return sorted(told)
 
     def _named(self, first: int, wrong: torch.Tensor) -> list[str]:
-        names = [item.name for bucket in self._plan.buckets for item in bucket.items]
+        names = self._plan.item_names
         return [names[first], *(names[item] for item in wrong.nonzero().flatten().tolist() if item != first)]

@@ -14,7 +14,7 @@ from checkpoint_engine.devices.base import Device
 from checkpoint_engine.devices.host_digests import AtWork
 from checkpoint_engine.errors import DeadlineError, ProtocolError
 from checkpoint_engine.loads.moves import Move
-from checkpoint_engine.planning.digests import pack
+from checkpoint_engine.memory.checksum import packed
 from checkpoint_engine.planning.slices import Taken
 from checkpoint_engine.recent import Recent
 from checkpoint_engine.transport.messages import Attach, Table
@@ -77,7 +77,7 @@ class DeviceSliceSums(Sums):
             over = self._device.mark()
         if not over.wait(seconds):
             raise DeadlineError(f"{self._device.name} to sum up slices", seconds)
-        found = pack([total & (1 << 64) - 1 for total in self._totals.tolist()])
+        found = packed(self._totals)
         self.seconds += time.perf_counter() - start
         return found
 
