@@ -11,7 +11,7 @@ import torch
 
 import test_update_faults as faults
 from checkpoint_engine.devices.base import SharedHandle, get_device
-from checkpoint_engine.errors import ProtocolError
+from checkpoint_engine.errors import ProtocolError, SettingsError
 from checkpoint_engine.transport.messages import Attach
 from checkpoint_engine.worker.attached import mappings
 from helpers.fleet import LAST, Orders, Worker, digests, request, server, share_of, tensors, workers
@@ -42,6 +42,20 @@ def test_every_worker_has_every_tensor(world_size: int, off: int | None) -> None
             assert params == digests(tensors(seed))
             assert not dirty
             assert len(calls) > 4
+
+
+def _chooses(rank: int, world_size: int, crew: list[Worker]) -> list[str]:
+    with server(map_regions=True) as ps:
+        ps.register_checkpoint("c", named_tensors=share_of(tensors(1), rank, world_size))
+        ps.gather_metas("c")
+        return [ps.update("c", request(crew[rank], rank), method=method).method for method in (None, "broadcast", "pull")]
+
+
+def test_one_update_by_another_method() -> None:
+    with workers(2) as crew:
+        assert run_ranks(_chooses, 2, crew) == [["mapped", "copies", "mapped"]] * 2
+    with server() as ps, pytest.raises(SettingsError, match="method"):
+        ps.update("c", lambda handles: None, method="telepathy")
 
 
 @pytest.mark.parametrize("orders", [Orders(raise_in_bucket=0), Orders(raise_in_bucket=LAST), Orders(raise_in_post_hook=True)])

@@ -24,6 +24,8 @@ from checkpoint_engine.ps import ParameterServer
 from real_vllm.models import SHAPES, tensors
 from real_vllm.server import READY_SECONDS, http, rpc
 
+PULLED = "bench_pulled"
+"""bench_recorded, and workers pull from the servers' memory whatever `auto` would choose."""
 NOISE = 1 << 30
 """Bytes per dtype that all tensors are views of: registering copies them, so the checkpoint is as large as it says."""
 SECONDS = 280.0
@@ -102,10 +104,11 @@ def wait_ready(url: str) -> None:
 def one_round(ps: Any, url: str, method: str, rank: int, world_size: int) -> dict[str, Any]:
     """gather_metas; then, while generation is paused, update. Seconds of each, and the engine's answers."""
     seen: dict[str, Any] = {"method": method}
+    options, call = ({"method": "pull"}, "bench_recorded") if method == PULLED else ({}, method)
 
     def ask(handles: list[tuple[str, str]]) -> None:
         if rank == 0:
-            seen["answers"] = rpc(url, method, dict(handles[:world_size]), seconds=SECONDS)
+            seen["answers"] = rpc(url, call, dict(handles[:world_size]), seconds=SECONDS)
             refused = [a for a in seen["answers"] if isinstance(a, dict) and a.get("ok") is False]
             if refused:
                 raise RuntimeError(f"refused: {refused}")
@@ -119,7 +122,7 @@ def one_round(ps: Any, url: str, method: str, rank: int, world_size: int) -> dic
         if rank == 0:
             post(url, "/pause?mode=keep&clear_cache=true")
         paused = time.perf_counter()
-        report = ps.update("c", ask)
+        report = ps.update("c", ask, **options)
         updated = time.perf_counter()
         if rank == 0:
             post(url, "/reset_prefix_cache?reset_running_requests=true")

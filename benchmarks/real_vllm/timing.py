@@ -2,9 +2,10 @@
 
 Runs one case after the other, or starts all at once: IMPLEMENTATION:MODEL[:METHOD,...]. IMPLEMENTATION: ours or upstream. MODEL:
 one of models.py. METHOD: update_weights_from_ipc (the implementation's own extension; the default), bench_recorded (the same with
-recorded loads; only ours), bench_plain (bare load_weights) or bench_layerwise (vLLM's own layerwise reload). A line for each
-round, then a table; figures are medians without the first round, of bench_recorded without the first two, in which loads are
-recorded, and replayed while regions are mapped. The extension's own way is measured without recorded loads.
+recorded loads; only ours), bench_pulled (that, straight out of the servers' memory), bench_plain (bare load_weights) or
+bench_layerwise (vLLM's own layerwise reload). A line for each round, then a table; figures are medians without the first round,
+of bench_recorded without the first two, in which loads are recorded, and replayed while regions may be mapped. The extension's
+own way is measured without recorded loads.
 """
 
 from __future__ import annotations

@@ -83,6 +83,7 @@ class ParameterServer(Member):
         version: str | None = None,
         progress: Callable[[int], None] | None = None,
         verify: str | None = None,
+        method: str | None = None,
         keep: bool = False,
         on_failure: OnFailure = "abort",
     ) -> UpdateReport:
@@ -97,6 +98,7 @@ class ParameterServer(Member):
         version   what the engines say they serve from then on; None: checkpoint name and 12 digits of its digest
         progress  called with the bytes of each bucket when it is complete on this rank
         verify    None: as Settings.verify, which says what it is. Tensors that changed fail the update in stage "verify"
+        method    None: as Settings.method, which says what it is. Of no account with ranks
         keep      with ranks: what this rank reads stays registered, as its part of the checkpoint
         on_failure  the same on all ranks. abort: after a failure engines that loaded something keep a mixture. restore: req_func
                   is called once more, and all get the checkpoint again that was committed last, if it is still registered;
@@ -110,7 +112,7 @@ class ParameterServer(Member):
             raise SettingsError(
                 "on_failure='restore' cannot be combined with ranks: what receivers read may be gone at its source"
             )
-        settings = self._for_update(timeout, verify)
+        settings = self._for_update(timeout, verify, method)
         with self._alone(), self.watch.doing(checkpoint_name, version, rollout=False, apart=bool(ranks)) as outcome:
             what = (checkpoint_name, req_func, settings, version, self.watch.moved(progress))
             try:
@@ -129,8 +131,8 @@ class ParameterServer(Member):
         manifest, _ = self._gatherer.plan(checkpoint_name)
         self._served.last = Commit(manifest, version or manifest.version)
 
-    def _for_update(self, timeout: datetime.timedelta | None, verify: str | None) -> Settings:
-        settings = self._settings.replace(verify=verify or self._settings.verify)
+    def _for_update(self, timeout: datetime.timedelta | None, verify: str | None, method: str | None = None) -> Settings:
+        settings = self._settings.replace(verify=verify or self._settings.verify, method=method or self._settings.method)
         return settings if timeout is None else settings.replace(timeout=timeout.total_seconds())
 
     def _restorer(
