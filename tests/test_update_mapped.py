@@ -48,14 +48,14 @@ def _chooses(rank: int, world_size: int, crew: list[Worker]) -> list[str]:
     with server(map_regions=True) as ps:
         ps.register_checkpoint("c", named_tensors=share_of(tensors(1), rank, world_size))
         ps.gather_metas("c")
+        with pytest.raises(SettingsError, match="method"):
+            ps.update("c", request(crew[rank], rank), method="telepathy")
         return [ps.update("c", request(crew[rank], rank), method=method).method for method in (None, "broadcast", "pull")]
 
 
 def test_one_update_by_another_method() -> None:
     with workers(2) as crew:
         assert run_ranks(_chooses, 2, crew) == [["mapped", "copies", "mapped"]] * 2
-    with server() as ps, pytest.raises(SettingsError, match="method"):
-        ps.update("c", lambda handles: None, method="telepathy")
 
 
 @pytest.mark.parametrize("orders", [Orders(raise_in_bucket=0), Orders(raise_in_bucket=LAST), Orders(raise_in_post_hook=True)])
