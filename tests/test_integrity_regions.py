@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -39,17 +39,14 @@ class OneByOne:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Iterator[list[Path]]:
+def files(tmp_path: Path, shm_dir: Path) -> list[Path]:
     """One that is read, and one in /dev/shm, whose tensors begin at odd places."""
     save_file({"read": torch.randn(CHUNK_BYTES // 4 + 9), "flat": torch.ones(3, 5)}, tmp_path / "f")
     header = json.dumps({name: {"dtype": "U8", "shape": [n], "data_offsets": [at, at + n]} for name, n, at in PLACED}).encode()
     header += b" " * (3 - len(header) % 4)  # not a multiple of 4: nothing is aligned
-    mapped = Path(f"/dev/shm/checkpoint-engine-test-{os.getpid()}")
+    mapped = shm_dir / "f"
     mapped.write_bytes(struct.pack("<Q", len(header)) + header + os.urandom(5000 + 70_001))
-    try:
-        yield [tmp_path / "f", mapped]
-    finally:
-        mapped.unlink()
+    return [tmp_path / "f", mapped]
 
 
 PLACED = [("mapped", 5000, 0), ("behind", 70_001, 5000)]

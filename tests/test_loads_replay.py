@@ -361,13 +361,15 @@ def test_the_kernel_on_a_gpu(shift: int, memory: str) -> None:
 
 def compiled_ahead(tensors: dict[str, torch.Tensor]) -> Any:
     """What Triton has compiled of the kernel for the device."""
-    from checkpoint_engine.loads import kernel
+    from checkpoint_engine.loads import kernel, slice_kernel
 
-    kernel._gather.device_caches.clear()  # of other tests
+    for each in (kernel._gather, slice_kernel._sum):
+        each.device_caches.clear()  # of other tests
     make_ready(Model(tensors))
     thread = kernel._compiling[tensors["moe.w2"].device]
     thread.join(kernel.COMPILE_SECONDS)
     assert not thread.is_alive()
+    assert slice_kernel._sum.device_caches[0][0]
     return kernel._gather.device_caches[0][0]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -34,17 +34,24 @@ _MAX_UNITS = (1 << 31) - BLOCK
 _compiling: dict[torch.device, threading.Thread] = {}
 
 
-def compile_ahead(device: torch.device) -> None:
-    """Have the kernel compiled for a CUDA device, in a thread, while something else goes on. That takes seconds where Triton has
-    it in no cache (the digests' one took 2.7 on an H200's host)."""
+def compile_ahead(device: torch.device, *others: Callable[[torch.device], None]) -> None:
+    """Have the kernel compiled for a CUDA device, and then `others`, in a thread, while something else goes on. That takes seconds
+    where Triton has it in no cache (the digests' one took 2.7 on an H200's host)."""
     if device not in _compiling:
-        _compiling[device] = threading.Thread(target=_compile, args=(device,), name="compile-kernel", daemon=True)
-        _compiling[device].start()
+        work = threading.Thread(target=_compile_all, args=(device, (_compile, *others)), name="compile-kernel", daemon=True)
+        _compiling[device] = work
+        work.start()
+
+
+def _compile_all(device: torch.device, kernels: Sequence[Callable[[torch.device], None]]) -> None:
+    for compile_one in kernels:
+        with contextlib.suppress(Exception):  # what fails here fails again where it is needed
+            compile_one(device)
 
 
 def _compile(device: torch.device) -> None:
     """For arguments as `_launch` has them; nothing is launched, for the engine may be capturing a graph by then."""
-    with contextlib.suppress(Exception), torch.cuda.device(device):  # what fails here fails again where it is needed
+    with torch.cuda.device(device):
         _gather.warmup(torch.int64, torch.int32, torch.int64, 0, BLOCK=BLOCK, COLUMNS=COLUMNS, num_warps=WARPS, grid=(1,))
 
 

@@ -103,8 +103,9 @@ def make_ready(model: Model) -> None:
     if (device := _device_with_kernel(model)) is not None:
         with contextlib.suppress(ImportError):  # to be said when it is needed
             from checkpoint_engine.loads.kernel import compile_ahead
+            from checkpoint_engine.loads.slice_kernel import compile_for
 
-            compile_ahead(device)
+            compile_ahead(device, compile_for)
 
 
 def _device_with_kernel(model: Model) -> torch.device | None:

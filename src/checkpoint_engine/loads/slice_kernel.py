@@ -22,6 +22,16 @@ TILE = 8 * BLOCK
 """Units that it sums up before it adds them to the slice's sum."""
 PROGRAMS = 2
 """For each multiprocessor."""
+WARPS = 8
+"""Of a program."""
+_SIZES = {"BLOCK": BLOCK, "TILE": TILE, "COLUMNS": COLUMNS, "CHUNK": CHUNK_BYTES}
+
+
+def compile_for(device: torch.device) -> None:
+    """For arguments as SliceTable has them, if that was not done yet; nothing is launched. Raises what Triton raises."""
+    pointers = torch.int64, torch.int32, torch.int64, torch.int64, torch.int64, torch.int64
+    with torch.cuda.device(device):
+        _sum.warmup(*pointers, 0, 1, **_SIZES, num_warps=WARPS, grid=(1,))
 
 
 class SliceTable:
@@ -55,13 +65,12 @@ class SliceTable:
         if first == end:
             return
         arguments = (self._table, self._tiles, *self._weights, totals, first, end)
-        sizes = {"BLOCK": BLOCK, "TILE": TILE, "COLUMNS": COLUMNS, "CHUNK": CHUNK_BYTES}
         if self._device.type != "cuda":  # Triton's interpreter
-            _sum[(min(4, end - first),)](*arguments, **sizes)
+            _sum[(min(4, end - first),)](*arguments, **_SIZES)
             return
         most = PROGRAMS * torch.cuda.get_device_properties(self._device).multi_processor_count
         with torch.cuda.device(self._device):
-            _sum[(min(most, end - first),)](*arguments, **sizes, num_warps=8)
+            _sum[(min(most, end - first),)](*arguments, **_SIZES, num_warps=WARPS)
 
 
 def _unit(move: Move) -> int:
