@@ -35,8 +35,8 @@ _compiling: dict[torch.device, threading.Thread] = {}
 
 
 def compile_ahead(device: torch.device, *others: Callable[[torch.device], None]) -> None:
-    """Have the kernel compiled for a CUDA device, and then `others`, in a thread, while something else goes on. That takes seconds
-    where Triton has it in no cache (the digests' one took 2.7 on an H200's host)."""
+    """Have the kernel compiled for a CUDA device, and then `others`, in a thread, while something else goes on. That takes
+    seconds where Triton has it in no cache (the digests' one took 2.7 on an H200's host)."""
     if device not in _compiling:
         work = threading.Thread(target=_compile_all, args=(device, (_compile, *others)), name="compile-kernel", daemon=True)
         _compiling[device] = work

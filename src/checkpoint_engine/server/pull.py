@@ -37,7 +37,7 @@ piece has to pass all stages. On two H200s qwen3-8b, 30b-a3b and 32b took 48, 43
 REGISTER_SECONDS = 0.08e-9
 """For a byte and a worker: updates in which two workers registered 61.1 GB each took 8.9 s longer on two H200s, 65.5 GB 10.9 s,
 and 16.4 GB 2.7 s. (One alone takes 0.055 s a GB.)"""
-PAYS_BACK = 50
+PAYS_BACK = 100
 """Updates in which pulling has to save what registering takes."""
 
 
