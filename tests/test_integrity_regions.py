@@ -7,17 +7,20 @@ import json
 import os
 import struct
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from checkpoint_engine.devices.base import get_device
+from checkpoint_engine.devices.region_sums import DeviceSums
 from checkpoint_engine.manifest import RegionMeta
 from checkpoint_engine.memory import digest
 from checkpoint_engine.memory.checksum import partial_sum
-from checkpoint_engine.memory.digest import RegionSums, content_digest
+from checkpoint_engine.memory.digest import content_digest
 from checkpoint_engine.memory.registry import Registry
 from checkpoint_engine.memory.work import CHUNK_BYTES
 from checkpoint_engine.ps import ParameterServer
@@ -30,11 +33,13 @@ class OneByOne:
     def __init__(self, *, able: bool) -> None:
         self.able, self.prepared, self.regions = able, 0, 0
 
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         self.prepared += 1
+        return True
 
     def __call__(self, memory: torch.Tensor, runs: Sequence[tuple[int, int]]) -> list[int] | None:
         self.regions += 1
+        assert all(at % 8 == 0 for at, _ in runs)
         return [int(partial_sum(memory[at : at + nbytes])) for at, nbytes in runs] if self.able else None
 
 
@@ -65,15 +70,22 @@ def check(registry: Registry, name: str) -> None:
             assert t.digest == content_digest(bytes(region.view(t.offset, t.nbytes))), t.name
 
 
+def _tell(told: list[tuple[int, int]], done: int, total: int) -> None:
+    told.append((done, total))
+
+
 @pytest.mark.parametrize("able", [True, False])
 def test_of_all_kinds_of_regions(able: bool, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digest, "DEVICE_BYTES", 1000)
     sums = OneByOne(able=able)
-    assert isinstance(sums, RegionSums)
     with Registry(Settings(io_threads=3), sums=sums) as registry:
         for name in ("first", "again"):
-            registry.register(name, files=files, named_tensors=tensors(), use_shared_memory_pool=True)
+            told: list[tuple[int, int]] = []
+            options: Any = {"files": files, "use_shared_memory_pool": True, "progress": partial(_tell, told)}
+            registry.register(name, named_tensors=tensors(), **options)
             check(registry, name)
+            assert [done for done, _ in told] == sorted({done for done, _ in told})
+            assert told[-1][0] == told[-1][1] >= registry[name].nbytes
             registry.unregister(name)
         assert (sums.prepared, sums.regions) == (6, 6)
         registry.register("off", named_tensors=tensors(), digests=False)
@@ -90,12 +102,31 @@ def test_small_regions_need_no_device() -> None:
     assert get_device("cpu").region_sums() is None
 
 
-@pytest.mark.gpu
-def test_by_a_gpu(files: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_device_that_is_known_to_be_unable_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digest, "DEVICE_BYTES", 1000)
+    sums = OneByOne(able=False)
+    sums.prepare = lambda: False  # type: ignore[method-assign]
+    with Registry(Settings(io_threads=1), sums=sums) as registry:
+        registry.register("c", named_tensors=tensors())
+        check(registry, "c")
+    assert sums.regions == 0
+
+
+@pytest.mark.gpu
+def test_by_a_gpu(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest, "DEVICE_BYTES", 1000)
+    made = []
+    original = DeviceSums._sum
+
+    def counted(self: DeviceSums, *args: Any) -> list[int]:
+        made.append(original(self, *args))
+        return made[-1]
+
+    monkeypatch.setattr(DeviceSums, "_sum", counted)
     named = tensors() | {"there": torch.randn(3000, device="cuda"), "huge": torch.randn(200 << 20)}
     with contextlib.closing(ParameterServer(rank=0, world_size=1)) as ps:
         for name in ("first", "again"):
             ps.register_checkpoint(name, files=files, named_tensors=named, use_shared_memory_pool=name == "again")
             check(ps._registry, name)
-    assert not [record for record in caplog.records if "digests are made" in record.message]
+        assert len(made) == 6  # of three regions each
+        assert torch.cuda.current_device() == 0

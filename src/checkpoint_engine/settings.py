@@ -33,7 +33,8 @@ class Settings:
     peer_copies      on one host, let each rank copy into the other ranks' rings instead of broadcasting
     map_regions      on a CPU, and one host, let workers load straight from the servers' memory instead of broadcasting
     method           how bytes reach the workers: "broadcast"; "pull", straight from the servers' memory (an error where that
-                     cannot be); "auto": on one host whichever is predicted to be faster
+                     cannot be); "auto": on one host what is predicted to be faster, where
+                     registering what is pulled from pays back and it stays between updates
     recorded_loads   in the engine's process: "on": where the engine names its model, learn what its loader copies, prove it,
                      and copy without the loader from then on; "off": never; "auto": on a GPU where there is Triton
     sparse           whether buckets of which this rank's worker needs nothing, by its load plan, need not be sent to it: "on",

@@ -9,6 +9,7 @@ import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
+from checkpoint_engine.devices.compiling import make_ready
 from checkpoint_engine.devices.digests import Layout
 from checkpoint_engine.memory.checksum import CHUNK_BYTES, WORDS, partial_sum, place_weights, word_weights
 
@@ -57,10 +58,9 @@ def _table(layout: Layout, device: torch.device) -> _Table:
 
 
 def compile_for(device: torch.device) -> None:
-    """For arguments as KernelSums has them, if that was not done yet; nothing is launched. Raises what Triton raises."""
+    """For arguments as KernelSums has them; see devices.compiling.make_ready."""
     pointers = torch.int64, torch.int32, torch.int64, torch.int64, torch.int64, torch.int64, torch.int64
-    with torch.cuda.device(device):
-        _sum.warmup(*pointers, 0, 1, WORDS=WORDS, ROWS=ROWS, TILE=TILE, num_warps=WARPS, grid=(1,))
+    make_ready(_sum, device, *pointers, 0, 1, WORDS=WORDS, ROWS=ROWS, TILE=TILE, num_warps=WARPS)
 
 
 class KernelSums:

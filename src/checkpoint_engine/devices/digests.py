@@ -87,7 +87,7 @@ class Verifier:
 
     def __init__(self, layout: Layout, expected: bytes, memories: Sequence[torch.Tensor], *, kernel: bool | None = None) -> None:
         """expected: the digests of layout's runs, 8 bytes each, little-endian (planning.digests); 0 where there is none.
-        memories: uint8, one-dimensional, all on one device. kernel: None: on CUDA, where there is Triton.
+        memories: uint8, one-dimensional, all on one device. kernel: None: on CUDA, where it works.
 
         Raises ValueError when there are more or fewer digests than runs.
         """
@@ -146,8 +146,7 @@ def has_kernel() -> bool:
 
 @functools.cache
 def kernel_works(device: torch.device) -> bool:
-    """Whether there is Triton and it compiles the kernel for a CUDA device, for which it needs a C compiler. That takes seconds
-    where it has it in no cache (2.7 on an H200's host)."""
+    """Whether there is Triton, and it makes the kernel ready for a CUDA device. That takes seconds the first time."""
     if not has_kernel():
         return False
     try:

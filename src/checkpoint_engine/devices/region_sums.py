@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from checkpoint_engine.devices.base import Device
+from checkpoint_engine.devices.compiling import COMPILE_SECONDS
 from checkpoint_engine.devices.digests import Layout, Run, kernel_works
 
 log = logging.getLogger(__name__)
@@ -17,8 +18,6 @@ PROGRAMS = 32
 """Of a launch: enough to fill a PCIe 5 link (loads.kernel), and the rest of the device is left alone."""
 LAUNCH_BYTES = 256 << 20
 """Of tensors that are summed up by one launch, 5 ms of the link: others may want the device in between."""
-COMPILE_SECONDS = 60.0
-"""Longest wait for the kernel to be compiled, which begins when the first region is taken."""
 BYTES_PER_SECOND = 1e9
 """Of a link, at the least; one of PCIe 5 has 55 times that."""
 
@@ -29,21 +28,25 @@ class DeviceSums:
 
     def __init__(self, device: Device, torch_device: torch.device) -> None:
         self._device, self._torch_device = device, torch_device
-        self._compiling: threading.Thread | None = None
+        self._works: bool | None = None
+        self._trying = threading.Thread(target=self._try, name="compile-digests", daemon=True)
+        self._lock = threading.Lock()
 
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         """The kernel is compiled in a thread."""
-        if self._compiling is None:
-            work = threading.Thread(target=kernel_works, args=(self._torch_device,), name="compile-digests", daemon=True)
-            self._compiling = work
-            work.start()
+        with self._lock:
+            if self._trying.ident is None:
+                self._trying.start()
+        return self._works is not False
+
+    def _try(self) -> None:
+        self._works = kernel_works(self._torch_device)
 
     def __call__(self, memory: torch.Tensor, runs: Sequence[tuple[int, int]]) -> list[int] | None:
         self.prepare()
-        if self._compiling is not None:
-            self._compiling.join(COMPILE_SECONDS)
-            if self._compiling.is_alive() or not kernel_works(self._torch_device):
-                return None
+        self._trying.join(COMPILE_SECONDS)
+        if not self._works:
+            return None
         try:
             return self._sum(memory, runs)
         except Exception as e:  # of any kind: the CPU can do it
@@ -62,8 +65,7 @@ class DeviceSums:
                 groups.append([])
                 size = 0
         seconds = COMPILE_SECONDS + sum(nbytes for _, nbytes in runs) / BYTES_PER_SECOND
-        self._device.bind_thread()
-        with torch.cuda.stream(torch.cuda.Stream(self._torch_device)):  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._torch_device), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
             sums = KernelSums(Layout(groups), [memory], self._torch_device, PROGRAMS)
             for group in range(len(groups)):
                 sums.add(group)

@@ -28,7 +28,7 @@ MAX_COPIES = 256
 
 class Block(NamedTuple):
     """`depth` layers of `height` rows of `width` bytes: from a memory, `source` bytes from its start, to an address. pitch: bytes
-    from row to row; rows: from layer to layer."""
+    from row to row, where there are several; rows: from layer to layer."""
 
     memory: int
     source: int
@@ -101,6 +101,8 @@ def _queue(block: Block, source: int, stream: int) -> None:
             Side(source, block.source_pitch, block.source_rows),
         )
         runtime().memcpy_3d_async(into, out_of, block.width, block.height, block.depth, stream)
+    elif block.height == 1:
+        runtime().memcpy_async(block.target, source, block.width, stream)
     else:
         pitches = block.target_pitch, block.source_pitch
         runtime().memcpy_2d_async(block.target, pitches[0], source, pitches[1], block.width, block.height, stream)

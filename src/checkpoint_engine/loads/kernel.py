@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
+from checkpoint_engine.devices.compiling import finish, make_ready
 from checkpoint_engine.loads.bulk import Block, BulkCopies, in_bulk
 from checkpoint_engine.loads.moves import MAX_DIMS, Move, Storages
 
@@ -26,33 +26,13 @@ COLUMNS = 16
 """Of a descriptor."""
 WARPS = 8
 """Of a program."""
-COMPILE_SECONDS = 20.0
-"""Longest wait for a thread that compiles the kernel."""
 _MAX_UNITS = (1 << 31) - BLOCK
 
 
-_compiling: dict[torch.device, threading.Thread] = {}
-
-
-def compile_ahead(device: torch.device, *others: Callable[[torch.device], None]) -> None:
-    """Have the kernel compiled for a CUDA device, and then `others`, in a thread, while something else goes on. That takes
-    seconds where Triton has it in no cache (the digests' one took 2.7 on an H200's host)."""
-    if device not in _compiling:
-        work = threading.Thread(target=_compile_all, args=(device, (_compile, *others)), name="compile-kernel", daemon=True)
-        _compiling[device] = work
-        work.start()
-
-
-def _compile_all(device: torch.device, kernels: Sequence[Callable[[torch.device], None]]) -> None:
-    for compile_one in kernels:
-        with contextlib.suppress(Exception):  # what fails here fails again where it is needed
-            compile_one(device)
-
-
-def _compile(device: torch.device) -> None:
-    """For arguments as `_launch` has them; nothing is launched, for the engine may be capturing a graph by then."""
-    with torch.cuda.device(device):
-        _gather.warmup(torch.int64, torch.int32, torch.int64, 0, BLOCK=BLOCK, COLUMNS=COLUMNS, num_warps=WARPS, grid=(1,))
+def compile_for(device: torch.device) -> None:
+    """For arguments as `_launch` has them; see devices.compiling.make_ready."""
+    sizes = {"BLOCK": BLOCK, "COLUMNS": COLUMNS}
+    make_ready(_gather, device, torch.int64, torch.int32, torch.int64, 0, **sizes, num_warps=WARPS)
 
 
 def _launch(programs: int, table: torch.Tensor, tiles: torch.Tensor, bases: torch.Tensor, count: int) -> None:
@@ -80,8 +60,7 @@ class Gather:
         bases = tuple(memory.data_ptr() for memory in memories)
         kinds = tuple((base % 16, memory.device.type == "cpu") for base, memory in zip(bases, memories, strict=True))
         if self._made_for != kinds:
-            if (thread := _compiling.pop(self._device, None)) is not None:
-                thread.join(COMPILE_SECONDS)  # then it is not compiled twice at a time
+            finish(compile_for, self._device)
             self._make(kinds)
         if self._bases != bases:
             self._bases_there = torch.tensor(bases, dtype=torch.int64).to(self._device)

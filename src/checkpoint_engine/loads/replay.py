@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from checkpoint_engine.devices.compiling import begin
 from checkpoint_engine.errors import LoadPlanError
 from checkpoint_engine.loads.geometry import extent
 from checkpoint_engine.loads.model import Model
@@ -99,13 +100,13 @@ class Replayer:
 
 
 def make_ready(model: Model) -> None:
-    """What takes long before anything was replayed on the model's device begins now, in a thread."""
+    """What takes long before anything was replayed on the model's device begins now, in threads."""
     if (device := _device_with_kernel(model)) is not None:
         with contextlib.suppress(ImportError):  # to be said when it is needed
-            from checkpoint_engine.loads.kernel import compile_ahead
-            from checkpoint_engine.loads.slice_kernel import compile_for
+            from checkpoint_engine.loads import kernel, slice_kernel
 
-            compile_ahead(device, compile_for)
+            for each in (kernel, slice_kernel):
+                begin(each.compile_for, device)
 
 
 def _device_with_kernel(model: Model) -> torch.device | None:

@@ -11,6 +11,7 @@ import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
+from checkpoint_engine.devices.compiling import finish, make_ready
 from checkpoint_engine.loads.geometry import extent
 from checkpoint_engine.loads.kernel import COLUMNS, descriptors, tiled, unit_places
 from checkpoint_engine.loads.moves import MAX_DIMS, Move, split
@@ -28,10 +29,9 @@ _SIZES = {"BLOCK": BLOCK, "TILE": TILE, "COLUMNS": COLUMNS, "CHUNK": CHUNK_BYTES
 
 
 def compile_for(device: torch.device) -> None:
-    """For arguments as SliceTable has them, if that was not done yet; nothing is launched. Raises what Triton raises."""
+    """For arguments as SliceTable has them; see devices.compiling.make_ready."""
     pointers = torch.int64, torch.int32, torch.int64, torch.int64, torch.int64, torch.int64
-    with torch.cuda.device(device):
-        _sum.warmup(*pointers, 0, 1, **_SIZES, num_warps=WARPS, grid=(1,))
+    make_ready(_sum, device, *pointers, 0, 1, **_SIZES, num_warps=WARPS)
 
 
 class SliceTable:
@@ -68,6 +68,7 @@ class SliceTable:
         if self._device.type != "cuda":  # Triton's interpreter
             _sum[(min(4, end - first),)](*arguments, **_SIZES)
             return
+        finish(compile_for, self._device)
         most = PROGRAMS * torch.cuda.get_device_properties(self._device).multi_processor_count
         with torch.cuda.device(self._device):
             _sum[(min(most, end - first),)](*arguments, **_SIZES, num_warps=WARPS)

@@ -172,6 +172,8 @@ class _Builder:
     def __post_init__(self) -> None:
         self.parts: list[_Part] = []
         self._shared: list[Work] = []
+        self._later = 0  # bytes of files in place that a device sums up when all else is done
+        self._total = self._done = 0
 
     def map_files(self, files: Sequence[SafetensorsFile], select: Collection[str] | None) -> list[SafetensorsFile]:
         """Map those of `files` that hold anything that is wanted, and return them."""
@@ -187,7 +189,8 @@ class _Builder:
             if region.nbytes != file.size:
                 raise CheckpointError(f"{file.path}: its size changed while it was registered")
             self.pool.ready(region)
-            self.digests.begin(region)
+            if self.digests.begin(region):
+                self._later += sum(span.nbytes for span in part.spans)
             self._shared += self._digest(part.spans)
         return mapped
 
@@ -227,17 +230,16 @@ class _Builder:
             self.pool.ready(region)
         for part in self.parts:
             do_all(self._digest(self.digests.end(part.region, part.spans)), (), self.threads, lambda nbytes: None)
+        self._report(self._later)
 
     def _do(self, own: Sequence[Work]) -> None:
-        total, done = sum(work.nbytes for work in (*self._shared, *own)), 0
+        self._total = self._later + sum(work.nbytes for work in (*self._shared, *own))
+        do_all(self._shared, own, self.threads, self._report)
 
-        def report(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            if nbytes and self.progress is not None:
-                self.progress(done, total)
-
-        do_all(self._shared, own, self.threads, report)
+    def _report(self, nbytes: int) -> None:
+        self._done += nbytes
+        if nbytes and self.progress is not None:
+            self.progress(self._done, self._total)
 
     def _digest(self, spans: Sequence[Span]) -> list[Work]:
         """The work of making digests of bytes that are there, all in one region, unless a device is going to make them."""

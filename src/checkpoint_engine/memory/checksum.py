@@ -45,6 +45,8 @@ DEVICE_PIECE = 8 << 20
 """Bytes that a device without the kernel sums up at a time; it takes six times as many for intermediate results."""
 SMALL_BYTES = 1 << 18
 """A CPU sums up runs below this in a copy, many at a time: a call for each would take longer than its bytes."""
+COPY_BYTES = 16 << 20
+"""Of such copies at a time, in which a run has CHUNK_BYTES at least."""
 _LOW32 = (1 << 32) - 1
 _PLACES = 1 << 32  # where the numbers begin that place weights are drawn from
 _ANY_LENGTH = ctypes.c_char * (1 << 62)
@@ -95,8 +97,11 @@ def place_weights(device: torch.device, chunks: int) -> torch.Tensor:
     found = _places.get(device)
     if found is None or len(found) < chunks:
         with _making:
-            size = 1 << max(12, (chunks - 1).bit_length())
-            found = _places[device] = _drawn(torch.arange(_PLACES, _PLACES + size, device=device))
+            found = _places.get(device)
+            if found is None or len(found) < chunks:
+                size = 1 << max(12, (chunks - 1).bit_length())
+                # Copied there, which is waited for: any stream may use it at once.
+                found = _places[device] = _drawn(torch.arange(_PLACES, _PLACES + size)).to(device)
     return found
 
 
@@ -138,7 +143,11 @@ class _Part(NamedTuple):
 
 def run_sums(raws: Sequence[torch.Tensor], firsts: Sequence[int]) -> list[int]:
     """`partial_sum` of each of these, in a CPU's memory, in a few calls of torch however many they are. (Threads that come back
-    to the interpreter after every few hundred KiB wait for one another there: 16 of them made 1 GB/s.)"""
+    to the interpreter after every few hundred KiB wait for one another there: 16 of them made 1 GB/s.) Takes up to COPY_BYTES
+    of memory."""
+    if len(raws) > 1 and sum(max(raw.numel(), CHUNK_BYTES) for raw in raws if raw.numel() < SMALL_BYTES) > COPY_BYTES:
+        half = len(raws) // 2
+        return run_sums(raws[:half], firsts[:half]) + run_sums(raws[half:], firsts[half:])
     placed: list[_Part] = []
     copied: list[_Part] = []
     for run, (raw, first) in enumerate(zip(raws, firsts, strict=True)):

@@ -1,14 +1,14 @@
 """Digests of tensors while their bytes arrive in a region (what a digest is: memory.checksum).
 
-They are made of parts: so the blocks of one tensor can be summed up in any order by any thread, each while its bytes are still
-in that core's cache, and the result depends on the bytes alone.
+They are made of parts: so the blocks of one tensor can be summed up in any order by any thread, or by a device when all are
+there, and the result depends on the bytes alone.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 
@@ -18,6 +18,8 @@ from checkpoint_engine.memory.region import HostRegion
 BLOCK_BYTES = 1 << 20
 """A multiple of CHUNK_BYTES, so that a block's chunks are its tensor's."""
 
+WORD_BYTES = 8
+"""What a device sums up begins at a multiple of this: in files that are mapped in place a tensor may begin anywhere."""
 DEVICE_BYTES = 256 << 20
 """Of a region that a device sums up; smaller ones are done by the time that it has begun."""
 
@@ -57,15 +59,15 @@ class Span:
         return finish(sum(block.sum for block in self.blocks), self.nbytes)
 
 
-@runtime_checkable
 class RegionSums(Protocol):
     """Sums up what lies in a region that is registered with a device."""
 
-    def prepare(self) -> None:
-        """It will be needed soon. Does not wait."""
+    def prepare(self) -> bool:
+        """It will be needed soon. Does not wait. False: it is known to be able to do nothing."""
 
     def __call__(self, memory: torch.Tensor, runs: Sequence[tuple[int, int]]) -> list[int] | None:
-        """`checksum.partial_sum` of each of these runs (offset, bytes) of the region's memory. None: it cannot make them."""
+        """`checksum.partial_sum` of each of these runs (offset, a multiple of WORD_BYTES; bytes) of the region's memory. None: it
+        cannot make them."""
 
 
 class Digests:
@@ -80,10 +82,12 @@ class Digests:
         self._later: set[HostRegion] = set()
         self._lock = threading.Lock()
 
-    def begin(self, region: HostRegion) -> None:
-        if self.enabled and self._by_device is not None and region.nbytes >= DEVICE_BYTES:
+    def begin(self, region: HostRegion) -> bool:
+        """Whether a device is going to make those of its tensors."""
+        large = self.enabled and region.nbytes >= DEVICE_BYTES
+        if large and self._by_device is not None and self._by_device.prepare():
             self._later.add(region)
-            self._by_device.prepare()
+        return region in self._later
 
     def early(self, region: HostRegion) -> bool:
         """Whether those of its tensors are made as their bytes arrive."""
@@ -95,13 +99,13 @@ class Digests:
         if region not in self._later:
             return []
         self._later.discard(region)
-        held = [span for span in spans if span.blocks]
-        sums = self._by_device(region.tensor, [(span.offset, span.nbytes) for span in held]) if self._by_device else None
+        mine = [span for span in spans if span.blocks and span.offset % WORD_BYTES == 0]
+        sums = self._by_device(region.tensor, [(span.offset, span.nbytes) for span in mine]) if self._by_device else None
         if sums is None:
-            return held
-        for span, total in zip(held, sums, strict=True):
+            return [span for span in spans if span.blocks]
+        for span, total in zip(mine, sums, strict=True):
             span.blocks[0].sum = total  # of all of them
-        return []
+        return [span for span in spans if span.blocks and span.offset % WORD_BYTES]
 
     def of(self, span: Span) -> int:
         """0 when they are switched off."""

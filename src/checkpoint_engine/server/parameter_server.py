@@ -98,7 +98,8 @@ class ParameterServer(Member):
         version   what the engines say they serve from then on; None: checkpoint name and 12 digits of its digest
         progress  called with the bytes of each bucket when it is complete on this rank
         verify    None: as Settings.verify, which says what it is. Tensors that changed fail the update in stage "verify"
-        method    None: as Settings.method, which says what it is. Of no account with ranks
+        method    None: as Settings.method, which says what it is. After "broadcast" workers that pulled before have to register
+                  memory again. Of no account with ranks
         keep      with ranks: what this rank reads stays registered, as its part of the checkpoint
         on_failure  the same on all ranks. abort: after a failure engines that loaded something keep a mixture. restore: req_func
                   is called once more, and all get the checkpoint again that was committed last, if it is still registered;

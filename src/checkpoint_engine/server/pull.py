@@ -1,4 +1,5 @@
-"""Whether workers pull their bytes straight from the servers' memory: all ranks come to the same answer.
+"""Whether workers pull their bytes straight from the servers' memory: all ranks come to the same answer. (Whether they prepare
+for it, each for its own worker: nothing depends on that but when all are ready.)
 
 Before that they register all of that memory with their device, once, in the background of an update that does not pull. That is
 not free: the driver lets nothing else of the worker's process through meanwhile.
