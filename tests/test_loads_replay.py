@@ -282,6 +282,8 @@ def kernel_matches_copies(device: str, shift: int, memory_device: str) -> None:
             Move(0, 1 << 20, 0, 1 << 16, LARGE, (), (), ()),
             Move(0, 1 << 20, 0, 5_000_001, 270_001, (2, 16), (100, 500_000), (4_400_000, 270_003)),
             Move(0, 77, 0, 14_000_000, 768, (3, 2048), (1536 * 4096, 1536), (768 * 2049, 768)),
+            # Up to the last byte of the memory, when that is shifted by 16.
+            Move(0, LAST, 0, 20_000_000, 768, (3, 2048), (1536 * 4096, 1536), (768 * 2048, 768)),
         ]
     results: list[torch.Tensor] = []
     for kind, where, slots in ((Copies, "cpu", False), (Gather, device, False), (Gather, device, True)):
@@ -295,6 +297,7 @@ def kernel_matches_copies(device: str, shift: int, memory_device: str) -> None:
 
 
 LARGE = BULK_BYTES + 5
+LAST = (1 << 25) - 16 - (2 * 1536 * 4096 + 2047 * 1536 + 768)
 ROW = ROW_BYTES + 1
 MANY = BULK_BYTES // ROW_BYTES  # rows that are enough
 
