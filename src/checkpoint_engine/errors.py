@@ -181,7 +181,7 @@ class PeerLostError(CheckpointEngineError, ConnectionError):
     """The process at the other end is gone: it exited, was killed, or its host went away."""
 
     def __init__(self, peer: str, detail: str = "its connection closed") -> None:
-        self.peer = peer
+        self.peer, self.detail = peer, detail
         super().__init__(f"{peer} is gone ({detail})")
 
 

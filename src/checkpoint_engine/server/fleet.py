@@ -18,10 +18,13 @@ from checkpoint_engine.errors import DeadlineError, PeerLostError, SettingsError
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.collective import StreamCollective, join
 from checkpoint_engine.transport.links import Links
-from checkpoint_engine.transport.meeting import LEADER, local_address
+from checkpoint_engine.transport.meeting import LEADER, NotMetError, local_address
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+
+LOOK_AGAIN_SECONDS = 10.0
+"""Longest time in which a rank that found nobody looks for rank 0's store again."""
 
 
 class Fleet(Closing):
@@ -87,9 +90,22 @@ class Fleet(Closing):
             if self.world_size == 1:
                 self._links = Links(0, 1, None, "", self._settings)
             else:
-                store = dist.PrefixStore("checkpoint-engine/links", self.store)  # type: ignore[attr-defined]
-                self._links = Links(self.rank, self.world_size, store, self.address, self._settings)
+                self._links = self._meet()
         return self._links
+
+    def _meet(self) -> Links:
+        """A store that cannot be reached any more, or knows addresses at which nobody is, may be that of a world before this one,
+        which rank 0 is just closing: then this rank looks for the new one."""
+        deadline = time.monotonic() + min(LOOK_AGAIN_SECONDS, self._settings.join_timeout)
+        while True:
+            store = dist.PrefixStore("checkpoint-engine/links", self.store)  # type: ignore[attr-defined]
+            try:
+                return Links(self.rank, self.world_size, store, self.address, self._settings)
+            except NotMetError:
+                if time.monotonic() > deadline:
+                    raise
+                self._store = None
+                time.sleep(0.1)
 
     def collective(self, device: Device, generation: int) -> StreamCollective | None:
         """Communicator number `generation`: all ranks must ask for the same one. None in a world of one.

@@ -26,7 +26,13 @@ log = logging.getLogger(__name__)
 LEADER = 0
 INTRODUCTION_BYTES = 1 << 10
 """More is not taken from who has not said the secret."""
+EARLY_SECONDS = 0.05
+"""Before a deadline, by which a wait is over for another reason."""
 LinkChannel = Channel[OverLink]
+
+
+class NotMetError(PeerLostError):
+    """No rank was reached. The store, which had the addresses or broke, may be that of a world that has just ended."""
 
 
 def local_address(master_addr: str, port: int) -> str:
@@ -40,7 +46,7 @@ def meet(rank: int, world_size: int, store: Store, address: str, settings: Setti
     """Connect this rank to all others: lower ranks listen, higher ranks connect, so that every pair has one link.
 
     address: of the interface by which the others reach this rank. Raises DeadlineError naming the ranks that did not come
-    within settings.join_timeout, PeerLostError.
+    within settings.join_timeout, PeerLostError; NotMetError in a rank that looks for others and finds none.
     """
     channels: dict[int, LinkChannel] = {}
     deadline = time.monotonic() + settings.join_timeout
@@ -48,8 +54,8 @@ def meet(rank: int, world_size: int, store: Store, address: str, settings: Setti
         store.set("secret", secrets.token_hex(16))
     with socket.create_server((address, 0), backlog=world_size) as server:
         store.set(f"link/{rank}", f"{address}:{server.getsockname()[1]}")
-        secret = _look_up(store, "secret", LEADER, deadline, settings)
         try:
+            secret = _look_up(store, "secret", LEADER, deadline, settings)
             for peer in range(rank):
                 host, _, port = _look_up(store, f"link/{peer}", peer, deadline, settings).decode().rpartition(":")
                 channels[peer] = _call(peer, (host, int(port)), Introduce(rank, secret), deadline, settings)
@@ -57,7 +63,9 @@ def meet(rank: int, world_size: int, store: Store, address: str, settings: Setti
                 while missing := set(range(world_size)) - {rank} - channels.keys():
                     peer, channel = door.take(missing, deadline, settings.join_timeout)
                     channels[peer] = channel
-        except BaseException:
+        except BaseException as e:
+            if not channels and rank != LEADER and isinstance(e, PeerLostError):
+                raise NotMetError(e.peer, e.detail) from e
             for channel in channels.values():
                 channel.close()
             raise
@@ -70,7 +78,10 @@ def _look_up(store: Store, key: str, peer: int, deadline: float, settings: Setti
         value: bytes = store.get(key)
         return value
     except RuntimeError as e:  # torch's store errors
-        raise DeadlineError(f"rank {peer} to join the fleet ({str(e).splitlines()[0]})", settings.join_timeout) from e
+        reason = str(e).splitlines()[0]
+        if time.monotonic() < deadline - EARLY_SECONDS:
+            raise PeerLostError(f"the store of rank {LEADER}", reason) from e
+        raise DeadlineError(f"rank {peer} to join the fleet ({reason})", settings.join_timeout) from e
 
 
 def _call(peer: int, address: tuple[str, int], introduction: Introduce, deadline: float, settings: Settings) -> LinkChannel:
