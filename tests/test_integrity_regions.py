@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import struct
+import sys
+import types
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from checkpoint_engine.devices import digests
 from checkpoint_engine.devices.base import get_device
 from checkpoint_engine.devices.region_sums import DeviceSums
 from checkpoint_engine.manifest import RegionMeta
@@ -110,6 +113,31 @@ def test_a_device_that_is_known_to_be_unable_is_not_waited_for(monkeypatch: pyte
         registry.register("c", named_tensors=tensors())
         check(registry, "c")
     assert sums.regions == 0
+
+
+def test_a_kernel_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As where there is Triton, and no C compiler: digests are made without it, and it is tried once."""
+
+    def compile_for(device: torch.device) -> None:
+        tried.append(device)
+        raise RuntimeError("Failed to find C compiler")
+
+    tried: list[torch.device] = []
+    module: Any = types.ModuleType("checkpoint_engine.devices.digest_kernel")
+    module.compile_for = compile_for
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(digests, "has_kernel", lambda: True)
+    monkeypatch.setattr(digest, "DEVICE_BYTES", 1000)
+    there = torch.device("cuda", 7)
+    sums = DeviceSums(get_device("cpu"), there)
+    with Registry(Settings(io_threads=2), sums=sums) as registry:
+        for name in ("first", "again"):
+            registry.register(name, named_tensors=tensors())
+            check(registry, name)
+    assert not sums.prepare()
+    assert tried == [there]
+    assert "C compiler" in caplog.text
+    digests.kernel_works.cache_clear()
 
 
 @pytest.mark.gpu
