@@ -262,9 +262,8 @@ class _Session:
             self.device.synchronize()
         seconds = self._work.did("post_hook", start)
         reads = self.loads.reads(checked=self._checked) if self.device.reads_regions else -1
-        taken = self.loads.taken if self._tell else b""
-        needs, ahead = self.loads.needs, self.device.regions_ready
-        self._send(Ready(seconds, self._spent(), self.loads.way.value, reads, needs, self._sums, taken, ahead))
+        told = reads, self.loads.needs, self._sums, self.loads.taken if self._tell else b"", self.device.regions_ready
+        self._send(Ready(seconds, self._spent(), self.loads.way.value, *told))
 
     def _spent(self) -> Spent:
         """Since the last time that it was told."""
