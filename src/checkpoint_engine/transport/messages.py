@@ -68,12 +68,10 @@ class Again(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """Everything is loaded, the ring unmapped and the post-hook done; `seconds` inside it. way: how the last stream was loaded,
-    "loader", "proved" or "replayed". pull: bytes that a replay of this checkpoint reads on this rank; -1: there is no
-    plan for it, or this worker cannot read the servers' memory. needs: the buckets that a replay takes anything of, one bit each
-    (planning.bits); empty: it needs all. sums: 8 bytes, little-endian, for each tensor that Attach asked for the slices of.
-    taken: an encoded Taken, if it was asked for and this worker is going to replay. ahead: all regions that Attach named for a
-    later update are there to be read."""
+    """All is loaded, the ring unmapped and the post-hook done; `seconds` inside it. way: how the last stream was loaded, "loader",
+    "proved" or "replayed". pull: bytes that a replay of this checkpoint reads on this rank; -1: it has no plan for it, or cannot
+    read the servers' memory. needs: buckets that a replay takes anything of, as bits; empty: all. sums: 8 bytes for each tensor
+    that Attach asked for the slices of. taken: a Taken, if asked for. ahead: Attach's regions of that name are there to be read."""
 
     seconds: float
     spent: Spent = Spent()
