@@ -68,10 +68,10 @@ class Again(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """All is loaded, the ring unmapped and the post-hook done; `seconds` inside it. way: how the last stream was loaded, "loader",
-    "proved" or "replayed". pull: bytes that a replay of this checkpoint reads on this rank; -1: it has no plan for it, or cannot
+    """All is loaded, the ring unmapped, the post-hook done; `seconds` inside it. way: how the last stream was loaded, "loader",
+    "proved", "replayed". pull: bytes that a replay of this checkpoint reads on this rank; -1: it has no plan for it, or cannot
     read the servers' memory. needs: buckets that a replay takes anything of, as bits; empty: all. sums: 8 bytes for each tensor
-    that Attach asked for the slices of. taken: a Taken, if asked for. ahead: Attach's regions of that name are there to be read."""
+    that Attach asked for slices of. taken: a Taken, if asked for. ahead: Attach's regions of that name are there to be read."""
 
     seconds: float
     spent: Spent = Spent()
