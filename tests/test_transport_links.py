@@ -94,6 +94,18 @@ def test_a_rank_that_comes_too_late_is_named_and_finds_out(absent: int) -> None:
         world.in_step()
 
 
+def test_a_leader_that_was_alone_in_a_call_is_not_ahead_ever_after() -> None:
+    """It stood still, and ended a call late that the others had given up; then went on to one that they never come to."""
+    with _world(3) as world:
+        world.in_step()
+        for what in ("manifest of 'c'", "manifest of 'd'"):
+            (error,) = world.each(world.exchange(what, 0.05), 0)
+            assert isinstance(error, DeadlineError)
+        world.in_step()
+        world.in_step()
+        assert not any(links._answers or links._given for links in world.links)
+
+
 def test_ranks_that_do_different_things() -> None:
     with _world(3) as world:
         futures = world.start(world.exchange("barrier"), 0, 2) + world.start(world.exchange("update"), 1)

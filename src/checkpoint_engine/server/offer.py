@@ -44,13 +44,13 @@ def verified(offers: Sequence[Offer]) -> bool:
     return "on" in wanted or "off" not in wanted
 
 
-def exchange_offers(links: Links, mine: Offer, seconds: float) -> list[Offer]:
-    """All ranks' offers, in rank order.
+def exchange_offers(links: Links, mine: Offer, seconds: float, number: int) -> list[Offer]:
+    """All ranks' offers, in rank order. number: of the round.
 
     Raises AgreementError naming the rank that cannot take part, or wants something else than rank 0; PeerLostError,
     DeadlineError.
     """
-    payloads = links.exchange("update", msgspec.msgpack.encode(mine), seconds)
+    payloads = links.exchange("update", msgspec.msgpack.encode(mine), seconds, number)
     offers = [msgspec.msgpack.decode(p, type=Offer) for p in payloads]
     for rank, offer in enumerate(offers):
         if offer.error:

@@ -90,13 +90,13 @@ class Updater:
         """See ParameterServer.update."""
         start, links = time.perf_counter(), self._fleet.links
         self._device.bind_thread()  # the caller's thread may be a new one
-        number = links.next_round  # of the exchange below, so it is the same on all ranks
+        number = links.next_round("update")  # of the exchange below, so it is the same on all ranks
         with contextlib.ExitStack() as stack:
             inbox = stack.enter_context(links.inbox(number))
             listener = stack.enter_context(self._listen(inbox, settings))
             prepared = self._try_to_prepare(stack, name, settings)
             mine = self._offer(prepared, name, version, listener.handle, settings)
-            offers = exchange_offers(links, mine, settings.join_timeout)
+            offers = exchange_offers(links, mine, settings.join_timeout, number)
             if isinstance(prepared, Exception):
                 raise prepared
             recorder = Recorder(time.perf_counter(), span_limit(len(offers)), enabled=settings.timelines)

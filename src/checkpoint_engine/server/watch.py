@@ -125,7 +125,7 @@ class Watch:
     def follow(self, links: Links) -> None:
         """The update that runs begins with the next round of these links."""
         with self._lock:
-            self._running, reason = (links, links.next_round), self._reason
+            self._running, reason = (links, links.next_round("update")), self._reason
         if reason is not None:
             self._end(*self._running, reason)
 

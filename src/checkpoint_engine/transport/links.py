@@ -185,20 +185,23 @@ class Links(Closing):
     def _inbox(self, update: int) -> Inbox:
         return self._inboxes.setdefault(update, Inbox(update))
 
-    @property
-    def next_round(self) -> int:
-        """The number that the next `exchange` will have, on all ranks."""
-        return self._round + 1
+    def next_round(self, what: str) -> int:
+        """The number that the next `exchange` will have, on all ranks, if it is of `what`."""
+        with self._changed:
+            number = self._round + 1
+            while self._was_alone(number, what):
+                number += 1
+            return number
 
-    def exchange(self, what: str, payload: bytes, seconds: float) -> tuple[bytes, ...]:
-        """Everybody's payload, in rank order. All ranks must call it in the same order with the same `what`.
+    def exchange(self, what: str, payload: bytes, seconds: float, number: int | None = None) -> tuple[bytes, ...]:
+        """Everybody's payload, in rank order. All ranks must call it in the same order with the same `what`. number: what
+        `next_round` said.
 
         Raises PeerLostError naming a rank that is gone, DeadlineError naming those that did not come, AgreementError when
         another rank is doing something else or gave up. All ranks' rounds stay in step whatever happened.
         """
         with self._changed:
-            self._round += 1
-            number = self._round
+            self._round = number = self.next_round(what) if number is None else number
             for kept in (self._answers, self._given):  # what came too late for a round that was given up
                 for late in [n for n in kept if n < number]:
                     del kept[late]
@@ -227,7 +230,7 @@ class Links(Closing):
                         f"rank {rank} is at {part.what}, rank {self.rank} at {mine.what}: call the same on all ranks"
                     )
         except CheckpointEngineError as e:
-            self.tell(Withdrawn(number, str(e)), to_self=False)
+            self.tell(Withdrawn(number, str(e), mine.what), to_self=False)
             raise
         finally:
             with self._changed:
@@ -235,6 +238,12 @@ class Links(Closing):
         answer = Given(number, tuple(parts[r].payload for r in sorted(parts)))
         self.tell(answer, to_self=False)
         return answer.payloads
+
+    def _was_alone(self, number: int, what: str) -> bool:
+        """Whether the leader gave up this round in another call, to which this rank does not come: it had stood still, and ended the
+        call before it, late, which the others had given up. It is past this round, and so must this rank be."""
+        answer = self._answers.get(number)
+        return isinstance(answer, Withdrawn) and answer.what not in ("", what)
 
     def _check_round(self, mine: Give, missing: Collection[int]) -> None:
         for rank in missing:

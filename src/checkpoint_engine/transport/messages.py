@@ -8,7 +8,7 @@ from checkpoint_engine.devices.base import SharedHandle
 from checkpoint_engine.planning.plan import Item
 from checkpoint_engine.timeline import Span
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Raised by one whenever a message changes its meaning; both ends come from the installed package."""
 
 
@@ -17,9 +17,8 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Slicing(msgspec.Struct, frozen=True, array_like=True):
-    """How slices are checked (planning.slices). names: of what workers take (Taken.name), "" if unknown: in Begin by rank, in
-    Attach of that worker. items: a bit for each of the plan's tensors, the lowest of each byte first: 1 where sums of slices are
-    asked for instead of a check of the whole. tell: say in Ready what you take; in Begin, to those of unknown name."""
+    """How slices are checked. names: of what workers take (Taken.name), "" if unknown: in Begin by rank, in Attach its own. items:
+    a bit for each tensor: 1 where sums of slices are asked for. tell: say in Ready what you take; in Begin, to the unnamed."""
 
     names: tuple[str, ...] = ()
     items: bytes = b""
@@ -176,10 +175,11 @@ class Given(Message, frozen=True):
 
 
 class Withdrawn(Message, frozen=True):
-    """This round will not come about."""
+    """This round will not come about. what: the leader's call; empty in a member's message."""
 
     round: int
     reason: str
+    what: str = ""
 
 
 class Waiting(Message, frozen=True):
