@@ -240,8 +240,8 @@ class Links(Closing):
         return answer.payloads
 
     def _was_alone(self, number: int, what: str) -> bool:
-        """Whether the leader gave up this round in another call, to which this rank does not come: it had stood still, and ended the
-        call before it, late, which the others had given up. It is past this round, and so must this rank be."""
+        """Whether the leader gave up this round in another call, to which this rank does not come: it had stood still, and ended
+        the call before it, late, which the others had given up. It is past this round, and so must this rank be."""
         answer = self._answers.get(number)
         return isinstance(answer, Withdrawn) and answer.what not in ("", what)
 

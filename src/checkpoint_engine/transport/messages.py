@@ -17,7 +17,7 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Slicing(msgspec.Struct, frozen=True, array_like=True):
-    """How slices are checked. names: of what workers take (Taken.name), "" if unknown: in Begin by rank, in Attach its own. items:
+    """How slices are checked. names: of what workers take (Taken.name), "" if unknown: in Begin by rank, in Attach its. items:
     a bit for each tensor: 1 where sums of slices are asked for. tell: say in Ready what you take; in Begin, to the unnamed."""
 
     names: tuple[str, ...] = ()
