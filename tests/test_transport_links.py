@@ -16,6 +16,7 @@ import torch
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 
 from checkpoint_engine.devices.cpu import CpuDevice
+from checkpoint_engine.devices.polling import poll
 from checkpoint_engine.errors import AgreementError, CheckpointEngineError, DeadlineError, PeerLostError
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transport.channel import MAGIC, PREAMBLE, Channel
@@ -101,6 +102,8 @@ def test_a_leader_that_was_alone_in_a_call_is_not_ahead_ever_after() -> None:
         for what in ("manifest of 'c'", "manifest of 'd'"):
             (error,) = world.each(world.exchange(what, 0.05), 0)
             assert isinstance(error, DeadlineError)
+        alone = world.links[0]._round
+        assert poll(lambda: all(alone in links._answers for links in world.links[1:]), 10)  # they have heard of it
         world.in_step()
         world.in_step()
         assert not any(links._answers or links._given for links in world.links)
