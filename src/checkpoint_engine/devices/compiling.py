@@ -12,8 +12,12 @@ import torch
 COMPILE_SECONDS = 60.0
 """Longest wait for a kernel that a thread makes ready."""
 
+Work = Callable[[torch.device], object]
+"""What makes a kernel ready for a device."""
+
 _lock = threading.Lock()  # what a launch adds to a compiled kernel is made by the first one who asks for it, and only once
-_threads: dict[tuple[Callable[[torch.device], None], torch.device], threading.Thread] = {}
+_starting = threading.Lock()
+_threads: dict[tuple[Work, torch.device], threading.Thread] = {}
 
 
 def make_ready(kernel: Any, device: torch.device, *signature: object, **options: object) -> None:
@@ -28,20 +32,24 @@ def make_ready(kernel: Any, device: torch.device, *signature: object, **options:
         getattr(compiled, "run", None)  # a property: the launcher, which is compiled, too, and the module
 
 
-def begin(work: Callable[[torch.device], None], device: torch.device) -> None:
-    """Do `work`, which makes a kernel ready, in a thread, once for each device. What fails there fails again where it is
-    needed."""
-    if (work, device) not in _threads:
+def begin(work: Work, device: torch.device) -> bool:
+    """Do `work` in a thread, once for each device. What fails there fails again where it is needed. Returns whether it is still
+    under way."""
+    with _starting:
+        if (thread := _threads.get((work, device))) is None:
 
-        def run() -> None:
-            with contextlib.suppress(Exception):
-                work(device)
+            def run() -> None:
+                with contextlib.suppress(Exception):
+                    work(device)
 
-        _threads[work, device] = threading.Thread(target=run, name="compile-kernel", daemon=True)
-        _threads[work, device].start()
+            thread = _threads[work, device] = threading.Thread(target=run, name="compile-kernel", daemon=True)
+            thread.start()
+    return thread.is_alive()
 
 
-def finish(work: Callable[[torch.device], None], device: torch.device) -> None:
-    """Wait for what `begin` began, if it did: then it is not compiled twice at a time."""
-    if (thread := _threads.get((work, device))) is not None:
-        thread.join(COMPILE_SECONDS)
+def finish(work: Work, device: torch.device) -> bool:
+    """Wait for what `begin` began, if it did: then it is not compiled twice at a time. Returns whether it is over."""
+    if (thread := _threads.get((work, device))) is None:
+        return True
+    thread.join(COMPILE_SECONDS)
+    return not thread.is_alive()

@@ -18,6 +18,7 @@ import torch
 from checkpoint_engine.devices.base import Device
 from checkpoint_engine.errors import DeadlineError
 from checkpoint_engine.memory.checksum import LENGTH_WEIGHT, digest, partial_sum, signed, unpacked
+from checkpoint_engine.memory.digest import WORD_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +96,7 @@ class Verifier:
         if len(expected) != 8 * count:
             raise ValueError(f"{len(expected)} bytes of digests for {count} tensors")
         self._layout, self._queued = layout, [False] * (len(layout.starts) - 1)
-        if kernel is None:
-            kernel = bool(memories) and memories[0].is_cuda and kernel_works(memories[0].device)
-        self._sums = _kernel_sums(layout, memories) if kernel else TorchSums(layout, memories)
+        self._sums = make_sums(layout, memories, kernel=kernel)
         self._expected = unpacked(expected)
 
     def nbytes(self, checked: Mapping[int, Collection[int] | None]) -> int:
@@ -159,7 +158,13 @@ def kernel_works(device: torch.device) -> bool:
     return True
 
 
-def _kernel_sums(layout: Layout, memories: Sequence[torch.Tensor]) -> Sums:
+def make_sums(layout: Layout, memories: Sequence[torch.Tensor], *, kernel: bool | None = None) -> Sums:
+    """memories: uint8, one-dimensional, all on one device. kernel: None: on CUDA, where it works and they are aligned for it."""
+    if kernel is None:
+        aligned = all(memory.data_ptr() % WORD_BYTES == 0 for memory in memories)
+        kernel = bool(memories) and memories[0].is_cuda and aligned and kernel_works(memories[0].device)
+    if not kernel:
+        return TorchSums(layout, memories)
     from checkpoint_engine.devices.digest_kernel import KernelSums
 
     return KernelSums(layout, memories)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Sequence
 
 import torch
 
 from checkpoint_engine.devices.base import Device
-from checkpoint_engine.devices.compiling import COMPILE_SECONDS
+from checkpoint_engine.devices.compiling import COMPILE_SECONDS, begin, finish
 from checkpoint_engine.devices.digests import Layout, Run, kernel_works
 
 log = logging.getLogger(__name__)
@@ -28,24 +27,13 @@ class DeviceSums:
 
     def __init__(self, device: Device, torch_device: torch.device) -> None:
         self._device, self._torch_device = device, torch_device
-        self._works: bool | None = None
-        self._trying = threading.Thread(target=self._try, name="compile-digests", daemon=True)
-        self._lock = threading.Lock()
 
     def prepare(self) -> bool:
         """The kernel is compiled in a thread."""
-        with self._lock:
-            if self._trying.ident is None:
-                self._trying.start()
-        return self._works is not False
-
-    def _try(self) -> None:
-        self._works = kernel_works(self._torch_device)
+        return begin(kernel_works, self._torch_device) or kernel_works(self._torch_device)
 
     def __call__(self, memory: torch.Tensor, runs: Sequence[tuple[int, int]]) -> list[int] | None:
-        self.prepare()
-        self._trying.join(COMPILE_SECONDS)
-        if not self._works:
+        if not (finish(kernel_works, self._torch_device) and kernel_works(self._torch_device)):
             return None
         try:
             return self._sum(memory, runs)

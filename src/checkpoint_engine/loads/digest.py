@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from checkpoint_engine.devices.digests import Layout, Run, Sums, TorchSums, kernel_works
+from checkpoint_engine.devices.digests import Layout, Run, make_sums
 from checkpoint_engine.memory.checksum import finish
 
 
@@ -15,21 +15,9 @@ def storage_digests(storages: Sequence[torch.Tensor]) -> list[int]:
     result = [0] * len(storages)
     for device in {raw.device for raw in storages}:
         mine = [number for number, raw in enumerate(storages) if raw.device == device]
-        for number, total in zip(mine, _sums([storages[number] for number in mine], device), strict=True):
-            result[number] = finish(total, storages[number].numel())
+        raws = [storages[number] for number in mine]
+        sums = make_sums(Layout([[Run(number, 0, raw.numel()) for number, raw in enumerate(raws)]]), raws)
+        sums.add(0)
+        for number, total in zip(mine, sums.totals.tolist(), strict=True):
+            result[number] = finish(int(total), storages[number].numel())
     return result
-
-
-def _sums(raws: Sequence[torch.Tensor], device: torch.device) -> list[int]:
-    """Of all of one device, by few launches: torch's operations take six for every 8 MiB."""
-    sums: Sums
-    layout = Layout([[Run(number, 0, raw.numel()) for number, raw in enumerate(raws)]])
-    aligned = all(raw.data_ptr() % 8 == 0 for raw in raws)
-    if device.type == "cuda" and aligned and kernel_works(device):
-        from checkpoint_engine.devices.digest_kernel import KernelSums
-
-        sums = KernelSums(layout, raws)
-    else:
-        sums = TorchSums(layout, raws)
-    sums.add(0)
-    return [int(total) for total in sums.totals.tolist()]

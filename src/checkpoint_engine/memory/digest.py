@@ -99,13 +99,14 @@ class Digests:
         if region not in self._later:
             return []
         self._later.discard(region)
-        mine = [span for span in spans if span.blocks and span.offset % WORD_BYTES == 0]
+        held = [span for span in spans if span.blocks]
+        mine = [span for span in held if span.offset % WORD_BYTES == 0]
         sums = self._by_device(region.tensor, [(span.offset, span.nbytes) for span in mine]) if self._by_device else None
         if sums is None:
-            return [span for span in spans if span.blocks]
+            return held
         for span, total in zip(mine, sums, strict=True):
             span.blocks[0].sum = total  # of all of them
-        return [span for span in spans if span.blocks and span.offset % WORD_BYTES]
+        return [span for span in held if span.offset % WORD_BYTES]
 
     def of(self, span: Span) -> int:
         """0 when they are switched off."""

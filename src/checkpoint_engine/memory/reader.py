@@ -58,7 +58,6 @@ class FileReader:
             size = extent.nbytes - done
             if not region.touched:
                 size = min(size, HOT_BYTES)
-            if not region.touched:
                 region.touch(extent.region_offset + done, size)
             with region.view(extent.region_offset + done, size) as view:
                 try:
