@@ -180,8 +180,8 @@ class PullRates(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # Measured on one H200: qwen3-8b gathered at 55.3 GB/s, 10 ms besides; on two of a host with slower links 46 to 51 each. How much
-# eight GPUs read together was not measured: two sockets with eight channels of DDR5-4800 have 614 GB/s in theory, of which a third
-# is assumed.
+# eight GPUs read together was not measured: two sockets with eight channels of DDR5-4800 have 614 GB/s in theory, of which
+# a third is assumed.
 H200_PULL = PullRates(gather=54e9, memory=200e9, latency=10e-3)
 
 
